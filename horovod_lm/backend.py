@@ -1,0 +1,211 @@
+"""The seam between the loop and a framework, and the one place that picks a backend by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from horovod_lm.errors import UserError
+from horovod_lm.spec import ModelSpec
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# Bits of a rank's status, which travels in the reduced buffer.
+STOP, INTERRUPT, ERROR, OVERFLOW = 1, 2, 4, 8
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss of a micro-batch: factor x sum(weights x negative log-likelihood) / normaliser.
+
+    `head` names the model's output; `targets` (B, L) int32; `weights` (B, L) fp32, 0 where there
+    is no target; `normaliser` is the weight sum over the whole *global* batch, so that the plain
+    sum over micro-batches and ranks is the loss.
+    """
+
+    name: str
+    head: str
+    targets: np.ndarray
+    weights: np.ndarray
+    normaliser: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward works on.
+
+    `inputs` are named arrays, for a decoder `tokens` (B, L) int32; `rows` (B,) int64 are the
+    rows' indices in the global batch (dropout masks come from them); `losses` at least one.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    rows: np.ndarray
+    losses: tuple[Loss, ...]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What the ranks know together after `reduce_gradients`, the same on each of them.
+
+    `losses`: by name, sum(weights x nll) / normaliser over the global batch, in nats, without
+    factor and loss scale. `finite`: every element of the reduced gradient is; decided on elements.
+    `norm`: global L2 norm after unscaling (inf or nan if not finite). `status`: (ranks,) bits STOP,
+    INTERRUPT, ERROR, OVERFLOW of each rank. `tensor`: canonical name of the first tensor
+    that is not finite, else None.
+    """
+
+    losses: Mapping[str, float]
+    finite: bool
+    norm: float
+    status: np.ndarray
+    tensor: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine needs beside the spec. `loss_names` are the names of the losses in every
+    micro-batch, in order. Optimizer: AdamW (Loshchilov and Hutter, 2019) as the spec of the
+    project defines it (see the backends' `optimizer`)."""
+
+    precision: Precision = "fp32"
+    seed: int = 0
+    loss_names: tuple[str, ...] = ("lm",)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+
+
+@dataclass
+class EngineState:
+    """Everything that an engine knows: by canonical name, fp32 `weights` and `moments`
+    (`first`, `second` -> name -> array), and the number of applied `updates`."""
+
+    weights: dict[str, np.ndarray]
+    moments: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    updates: int = 0
+
+
+class Communicator(Protocol):
+    """The only way in which neutral code speaks to other ranks. All calls but the attributes and
+    `abort` are collective: every rank makes them in the same order. Each raises `RunFailed` if
+    another rank has ended or the job has stalled."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    def broadcast(self, data: bytes, root: int = 0) -> bytes:
+        """`data` of rank `root`, on every rank."""
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        """The `data` of every rank, in the order of ranks; lengths may differ."""
+
+    def allreduce(self, array: np.ndarray) -> np.ndarray:
+        """The sum over ranks of an fp32, fp64, int32 or int64 array."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    def shutdown(self) -> None:
+        """Leave the job in good order."""
+
+
+class Engine(Protocol):
+    """A model with its gradients and optimizer in one framework. Small on purpose: everything
+    that is not tensor arithmetic or a collective is neutral."""
+
+    def forward_backward(self, micro: MicroBatch, step: int, loss_scale: float) -> None:
+        """Add the gradients of `loss_scale` x the micro-batch's loss to the accumulator, and its
+        losses to theirs; dropout is on, with masks of (seed, step, site, row)."""
+
+    def reduce_gradients(self, status: int = 0) -> Reduced:
+        """Sum accumulated gradients and losses over the ranks by ring-allreduce in fp32, undo the
+        loss scale, and empty the accumulator. `status` is this rank's; OVERFLOW is added here.
+        A rank without a micro-batch takes part with zeros."""
+
+    def apply_gradients(self, learning_rate: float, clip: float | None) -> None:
+        """One optimizer update with the reduced gradient, scaled by min(1, clip / norm)."""
+
+    def evaluate(self, micro: MicroBatch) -> dict[str, tuple[float, float]]:
+        """By loss name: (sum of weights x nll in nats, sum of weights) of this micro-batch, on
+        this rank, without dropout."""
+
+    def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(B, L, V) fp32 logits without dropout."""
+
+    def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Begin decoding after prompts (B, L) int32 of equal length: the (B, V) fp32 logits of the
+        next token, and an opaque cache of keys and values."""
+
+    def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        """Feed one token a row, (B,) int32: the (B, V) logits of the one after it, and the cache
+        (the one given must not be used again)."""
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """The reduced, unscaled, unclipped gradient of the last `reduce_gradients`, by canonical
+        name."""
+
+    def state(self) -> EngineState:
+        """A copy of weights, moments and update count."""
+
+    def load_state(self, state: EngineState) -> None:
+        """Take over `state`; without moments they start at 0."""
+
+    def synchronise(self) -> None:
+        """Return when the device has done all that was asked of it (for timing)."""
+
+
+class Backend(Protocol):
+    """One framework. Made once a process, before anything else of the framework is used."""
+
+    name: str
+
+    def __init__(self, threads: int) -> None:
+        """Import the framework and limit it to `threads` threads."""
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what it runs on."""
+
+    def communicator(self) -> Communicator:
+        """Start Horovod. Raises `UserError` if Horovod is missing, plain or built for other
+        versions."""
+
+    def engine(
+        self, spec: ModelSpec, settings: EngineSettings, communicator: Communicator
+    ) -> Engine:
+        """A model with zero weights: give it a state next. Raises `UserError` for what this
+        backend does not support."""
+
+
+GROUP = "horovod_lm.backends"
+_MEND = {
+    "torch": "pip install 'horovod_lm[torch]'",
+    "tensorflow": "pip install 'horovod_lm[tensorflow]'",
+}
+
+
+def backend_names() -> Sequence[str]:
+    """Names of the backends that are installed, by the entry points of group
+    `horovod_lm.backends`."""
+    return sorted(entry.name for entry in entry_points(group=GROUP))
+
+
+def load_backend(name: str, threads: int = 1) -> Backend:
+    """The backend `name`, imported now and not before. Raises `UserError` if there is none of that
+    name or its framework is missing."""
+    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+    if not found:
+        allowed = ", ".join(backend_names())
+        raise UserError(f'launch.backend = "{name}" is not a backend; installed are: {allowed}')
+    try:
+        return found[0].load()(threads)
+    except ModuleNotFoundError as error:
+        mend = _MEND.get(name, "install what it needs")
+        raise UserError(f"backend {name} needs {error.name}, which is missing; {mend}") from error

@@ -1,0 +1,301 @@
+"""The configuration of a run: TOML and `--set key=value`, validated, resolved, and its digest."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from horovod_lm.errors import UserError
+from horovod_lm.spec import ModelSpec
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(_Section):
+    """`[data]`: the corpus, its tokenizer and its split."""
+
+    text: tuple[str, ...] = Field(
+        ("corpus:wikipedia-introductions",),
+        min_length=1,
+        description="files, folders, globs (relative to the config file), or corpus:NAME",
+    )
+    documents: Literal["paragraph", "line", "file"] = Field(
+        "paragraph", description="what one document is; paragraphs end at an empty line"
+    )
+    vocabulary: int = Field(8192, ge=257, le=2**20, description="size of the trained tokenizer")
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of documents, the last ones, kept for validation"
+    )
+
+
+class Train(_Section):
+    """`[train]`: how long, how much at once, and how exactly."""
+
+    steps: int = Field(200, ge=1, le=10**9, description="attempted steps")
+    global_batch_size: int = Field(16, ge=1, le=2**24, description="sequences in a global batch")
+    micro_batch_size: int | None = Field(
+        None, ge=1, le=2**24, description="sequences of one forward; default: a rank's whole part"
+    )
+    seed: int = Field(1, ge=0, lt=2**63, description="of weights, data order and dropout")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the products")
+    max_norm: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
+    check_every: int = Field(
+        100, ge=0, description="updates between comparisons of the replicas; 0: only the first"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_clipping(cls, values: Any) -> Any:
+        # TOML has no null: `max_norm = 0` is how a file says "no clipping".
+        if isinstance(values, Mapping) and values.get("max_norm") == 0:
+            return {**values, "max_norm": None}
+        return values
+
+
+class Optimizer(_Section):
+    """`[optimizer]`: AdamW; weight decay applies to kernels and token embeddings."""
+
+    name: Literal["adamw"] = Field("adamw", description="the update rule")
+    learning_rate: float = Field(1e-3, gt=0, le=100, description="peak of the schedule")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, le=1, description="outside the square root")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled, times learning rate")
+
+
+class Schedule(_Section):
+    """`[schedule]`: the learning rate by applied updates."""
+
+    name: Literal["cosine", "linear", "inverse_sqrt", "constant"] = Field(
+        "cosine", description="the shape after the warm-up"
+    )
+    warmup: int = Field(20, ge=0, le=10**9, description="updates of linear warm-up")
+    updates: int | None = Field(
+        None, ge=1, le=10**9, description="updates until the final rate; default: train.steps"
+    )
+    final_fraction: float = Field(0.1, ge=0, le=1, description="final rate / learning_rate")
+
+
+class LossScale(_Section):
+    """`[loss_scale]`: of fp16; Micikevicius et al. (2018), with the field's defaults."""
+
+    mode: Literal["dynamic", "static"] = Field("dynamic", description="static never changes")
+    initial: float = Field(2.0**16, gt=0, le=2.0**40, description="scale of the first step")
+    growth_factor: float = Field(2.0, gt=1, le=1024, description="factor when it grows")
+    growth_interval: int = Field(2000, ge=1, description="good steps in a row until it grows")
+    backoff_factor: float = Field(0.5, gt=0, lt=1, description="factor after an overflow")
+    hysteresis: int = Field(1, ge=1, description="overflows in a row that a back-off takes")
+    minimum: float = Field(1.0, gt=0, description="an overflow at the minimum ends the run")
+    maximum: float = Field(2.0**24, gt=0, le=2.0**40, description="never above")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LossScale:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(
+                f"minimum = {self.minimum:g}, initial = {self.initial:g} and maximum = "
+                f"{self.maximum:g} must be in this order"
+            )
+        return self
+
+
+class Evaluation(_Section):
+    """`[evaluation]`: loss on the validation documents."""
+
+    every: int = Field(100, ge=0, description="steps between; 0: only at the end")
+    windows: int = Field(0, ge=0, description="how many validation windows; 0: all")
+
+
+class Checkpoints(_Section):
+    """`[checkpoint]`: what is kept on disk."""
+
+    every: int = Field(100, ge=0, description="steps between; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+
+
+class Output(_Section):
+    """`[output]`: where a run goes. Outside the run's digest."""
+
+    folder: str | None = Field(None, description="default: runs/NAME-TIME")
+    tensorboard: bool = Field(True, description="also write TensorBoard files")
+    log_every: int = Field(10, ge=1, description="steps between lines of a log")
+
+
+class Launch(_Section):
+    """`[launch]`: on what the run runs. Outside the run's digest."""
+
+    backend: str = Field("torch", description="torch or tensorflow, or another entry point")
+    ranks: int = Field(1, ge=1, le=65536, description="processes that compare starts")
+    launcher: Literal["mpirun", "horovodrun", "srun"] = Field("mpirun", description="starts them")
+    controller: Literal["mpi", "gloo"] = Field("mpi", description="with horovodrun: who reduces")
+    hosts: str | None = Field(None, description="as HOST:SLOTS,…; default: this machine")
+    threads: int | None = Field(
+        None, ge=1, le=4096, description="per rank; default: the rank's share of its cores"
+    )
+    stall_seconds: int = Field(600, ge=1, description="a collective that waits longer ends the run")
+
+
+class Config(_Section):
+    """A whole run. `model.vocabulary` follows `data.vocabulary`, so it is not set apart."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", max_length=80, description="of the run")
+    model: ModelSpec = ModelSpec()
+    data: Data = Data()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    loss_scale: LossScale = LossScale()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoints = Checkpoints()
+    output: Output = Output()
+    launch: Launch = Launch()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_vocabulary(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(values.get("data", {}), Mapping):
+            return values
+        model = values.get("model", {})
+        if not isinstance(model, Mapping):
+            return values
+        wanted = values.get("data", {}).get("vocabulary", 8192)
+        if model.get("vocabulary", wanted) != wanted:
+            raise ValueError(
+                f"model.vocabulary = {model['vocabulary']} differs from data.vocabulary = "
+                f"{wanted}; set data.vocabulary alone"
+            )
+        return {**values, "model": {**model, "vocabulary": wanted}}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: all but `launch`, `output` and the name."""
+        values = self.model_dump(mode="json", exclude={"launch", "output", "name"})
+        return values
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `identity`."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def known_keys() -> list[str]:
+    """Every key that a config may have, as `section.key`."""
+    keys = []
+    for name, info in Config.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, validate.
+
+    Relative paths in `data.text` become absolute, from the config file's folder. Raises
+    `UserError` with one message that names every fault.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the path of a TOML config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path} can't be read: {reason}") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _override(values, override)
+    return make_config(values, str(path), base=path.resolve().parent)
+
+
+def make_config(values: Mapping[str, Any], where: str, base: Path | None = None) -> Config:
+    """Validate a mapping of sections; see `load_config`."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error, where))) from None
+    if base is None:
+        return config
+    text = tuple(t if t.startswith("corpus:") else str(base / t) for t in config.data.text)
+    return config.model_copy(update={"data": config.data.model_copy(update={"text": text})})
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=value`; the value is read as TOML, or taken as a string if it isn't any."""
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise UserError(f'--set "{override}" is not of the form section.key=value')
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if key not in known_keys():
+        raise UserError(f"--set {key}: {_unknown(key, known_keys())}")
+    section, _, name = key.rpartition(".")
+    target = values
+    if section:
+        target = values.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{section} must be a section of keys, not {target!r}")
+    target[name] = value
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if not near:  # the right key in the wrong section
+        tail = key.rpartition(".")[2]
+        near = [k for k in known if k.rpartition(".")[2] == tail][:1]
+    return f"there is no key {key}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _explain(error: ValidationError, where: str) -> list[str]:
+    """One plain line for each fault."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        given, context = fault["input"], fault.get("ctx", {})
+        if fault["type"] == "extra_forbidden":
+            text = _unknown(key, known_keys() + list(Config.model_fields))
+        elif fault["type"] == "value_error":
+            text = f"{key}: {context['error']}" if key else str(context["error"])
+        else:
+            message = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            text = f"{key} = {given!r} is not allowed; it must be {message}"
+        lines.append(f"{where}: {text}")
+    return lines
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML that `load_config` reads back to an equal one; None is left
+    out."""
+    values = config.model_dump(mode="json")
+    lines = [f"name = {_toml_value(values.pop('name'))}"]
+    for section, keys in values.items():
+        lines += ["", f"[{section}]"]
+        for key, value in keys.items():
+            if (section, key) == ("train", "max_norm") and value is None:
+                value = 0
+            if value is not None:
+                lines.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    # JSON writes strings, numbers and booleans as TOML reads them.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""The PyTorch realisation of the spec; its twin is tf_backend."""
