@@ -1,0 +1,44 @@
+"""PyTorch as a backend of horovod_lm: the object behind the entry point `torch`."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import torch
+
+from horovod_lm.backend import EngineSettings
+from horovod_lm.errors import UserError
+from horovod_lm.spec import ModelSpec
+from torch_backend.communicator import Communicator
+from torch_backend.engine import Engine
+
+
+class Backend:
+    """See `horovod_lm.backend.Backend`. Kinds of model: decoder."""
+
+    name = "torch"
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what it runs on."""
+        return {"torch": torch.__version__, "horovod": version("horovod")}
+
+    def communicator(self) -> Communicator:
+        """Start Horovod."""
+        return Communicator()
+
+    def engine(
+        self, spec: ModelSpec, settings: EngineSettings, communicator: Communicator
+    ) -> Engine:
+        """A model with zero weights."""
+        if spec.kind != "decoder":
+            raise UserError(
+                f'model.kind = "{spec.kind}" is not realised by backend torch; allowed: decoder'
+            )
+        # The one place that chooses a device.
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", communicator.local_rank)
+        return Engine(spec, settings, communicator, device)

@@ -1,0 +1,288 @@
+"""The layers of the Transformer. Shape letters: B batch, L queries, M keys, D width, H heads,
+K head width, F feed-forward width, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from horovod_lm.randomness import MULTIPLIER, threshold
+from horovod_lm.spec import ModelSpec, sinusoidal_positions
+from torch_backend.precision import HALF_TYPES, cast, linear, product
+
+ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Words(NamedTuple):
+    """`horovod_lm.randomness.DropoutWords` as tensors."""
+
+    residual_rows: torch.Tensor | None
+    residual_columns: torch.Tensor | None
+    attention_rows: torch.Tensor | None
+    attention_columns: torch.Tensor | None
+
+
+def keep_mask(rows: torch.Tensor, columns: torch.Tensor, rate: float) -> torch.Tensor:
+    """The shared dropout mask: bool of shape rows.shape + columns.shape."""
+    mixed = rows[..., None] ^ columns
+    return mixed.mul_(MULTIPLIER) >= threshold(rate)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keep, rate):
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - rate)
+        # The name says backward, but the operation is x * keep * scale in one pass.
+        return torch.ops.aten.native_dropout_backward(x, keep, ctx.scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (keep,) = ctx.saved_tensors
+        return torch.ops.aten.native_dropout_backward(gradient, keep, ctx.scale), None, None
+
+
+def dropout(x: torch.Tensor, words: Words | None, site: int, rate: float) -> torch.Tensor:
+    """Dropout on the residual stream, (B, L, D), at one site; the identity without words."""
+    if words is None or not rate:
+        return x
+    keep = keep_mask(words.residual_rows[site], words.residual_columns[site], rate)
+    return _Dropout.apply(x, keep, rate)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Causal attention of `ROW_BLOCK` query rows at a time, so that keys after a block are never
+    touched, with probabilities kept for the backward.
+
+    With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
+    dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, rows, columns, rate):
+        batch, length, width = query.shape
+        scale, boost = 1 / math.sqrt(width), 1 / (1 - rate)
+        output = torch.empty_like(query)
+        block = min(ROW_BLOCK, length)
+        triangle = torch.full((block, block), -math.inf, device=query.device).triu_(1)
+        saved = []
+        for start in range(0, length, ROW_BLOCK):
+            end = min(start + ROW_BLOCK, length)
+            scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2)).mul_(scale)
+            scores[:, :, start:].add_(triangle[: end - start, : end - start])
+            probabilities = torch.softmax(scores, -1)
+            dropped, keep = probabilities, None
+            if rows is not None:
+                keep = keep_mask(rows[:, start:end], columns[:end], rate)
+                dropped = torch.ops.aten.native_dropout_backward(probabilities, keep, boost)
+            torch.bmm(dropped, value[:, :end], out=output[:, start:end])
+            saved.append((probabilities, keep))
+        ctx.save_for_backward(query, key, value, output)
+        ctx.blocks, ctx.scale, ctx.boost = saved, scale, boost
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, output = ctx.saved_tensors
+        length = query.shape[1]
+        inner_sum = (gradient * output).sum(-1, keepdim=True)
+        d_query, d_key, d_value = torch.empty_like(query), *map(torch.zeros_like, (key, value))
+        for start, (probabilities, keep) in zip(
+            range(0, length, ROW_BLOCK), ctx.blocks, strict=True
+        ):
+            end = min(start + ROW_BLOCK, length)
+            part = gradient[:, start:end]
+            d_scores = torch.bmm(part, value[:, :end].transpose(1, 2))
+            dropped = probabilities
+            if keep is not None:
+                mask_times = torch.ops.aten.native_dropout_backward
+                d_scores = mask_times(d_scores, keep, ctx.boost)
+                dropped = mask_times(probabilities, keep, ctx.boost)
+            d_value[:, :end].baddbmm_(dropped.transpose(1, 2), part)
+            d_scores.sub_(inner_sum[:, start:end]).mul_(probabilities).mul_(ctx.scale)
+            torch.bmm(d_scores, key[:, :end], out=d_query[:, start:end])
+            d_key[:, :end].baddbmm_(d_scores.transpose(1, 2), query[:, start:end])
+        return d_query, d_key, d_value, None, None, None
+
+
+def attention(
+    query_BHLK: torch.Tensor,
+    key_BHMK: torch.Tensor,
+    value_BHMK: torch.Tensor,
+    words: Words | None,
+    site: int,
+    rate: float,
+    half: torch.dtype | None,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) v, causal: query i sees the keys up to M - L + i. (B, H, L, K).
+
+    Without words it is the fast form; with them the probabilities are dropped by the shared mask
+    of layer `site`.
+    """
+    batch, heads, length, width = query_BHLK.shape
+    dropping = words is not None and rate > 0
+    rows = words.attention_rows[site] if dropping else None
+    columns = words.attention_columns[site] if dropping else None
+    if half is None and length == key_BHMK.shape[2]:
+        flat = [x.reshape(batch * heads, length, width) for x in (query_BHLK, key_BHMK, value_BHMK)]
+        if dropping:
+            rows = rows.reshape(batch * heads, length)
+        return _CausalAttention.apply(*flat, rows, columns, rate).view_as(query_BHLK)
+    scores_BHLM = product(query_BHLK, key_BHMK.transpose(2, 3), half).float() / math.sqrt(width)
+    later = torch.ones(scores_BHLM.shape[2:], dtype=torch.bool, device=scores_BHLM.device)
+    later = later.triu_(1 + scores_BHLM.shape[3] - length)
+    probabilities = torch.softmax(scores_BHLM.masked_fill(later, -math.inf), -1)
+    if dropping:
+        probabilities = _Dropout.apply(probabilities, keep_mask(rows, columns, rate), rate)
+    return product(probabilities, value_BHMK, half)
+
+
+class Embeddings(nn.Module):
+    """Token embeddings plus positions, then (post-norm only) a norm, then dropout: (B, L) int
+    to (B, L, D)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tokens = nn.Parameter(torch.zeros(spec.vocabulary, spec.width))
+        if spec.positions == "learned":
+            self.positions = nn.Parameter(torch.zeros(spec.context, spec.width))
+        else:
+            table = torch.from_numpy(sinusoidal_positions(spec))
+            self.register_buffer("positions", table, persistent=False)
+        self.norm = LayerNorm(spec) if spec.norm_placement == "post" else None
+
+    def forward(self, tokens_BL: torch.Tensor, words: Words | None, start: int = 0) -> torch.Tensor:
+        """`start` is the position of the first token."""
+        x = F.embedding(tokens_BL, self.tokens)
+        if self.spec.embedding_scale != 1:
+            x = x * self.spec.embedding_scale
+        x = x + self.positions[start : start + tokens_BL.shape[1]]
+        if self.norm is not None:
+            x = self.norm(x)
+        return dropout(x, words, 0, self.spec.dropout)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the width (Ba et al., 2016), always in fp32."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.epsilon = spec.norm_epsilon
+        self.scale = nn.Parameter(torch.zeros(spec.width))
+        self.bias = nn.Parameter(torch.zeros(spec.width)) if spec.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (…, D)."""
+        return F.layer_norm(x, self.scale.shape, self.scale, self.bias, self.epsilon)
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias`, kernel (inputs, outputs)."""
+
+    def __init__(self, spec: ModelSpec, inputs: int, outputs: int, precision: str) -> None:
+        super().__init__()
+        self.half = HALF_TYPES[precision]
+        self.kernel = nn.Parameter(torch.zeros(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if spec.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) to (…, outputs), in the type of products."""
+        return linear(x, self.kernel, self.bias, self.half)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention (Vaswani et al., 2017) with one fused product for query,
+    key and value. A key's bias exists only where the spec asks for it: softmax cancels it."""
+
+    def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
+        super().__init__()
+        self.spec, self.half, self.site = spec, HALF_TYPES[precision], site
+        width = spec.width
+        self.qkv_kernel = nn.Parameter(torch.zeros(width, 3 * width))
+        self.query_bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
+        self.key_bias = nn.Parameter(torch.zeros(width)) if spec.key_bias else None
+        self.value_bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
+        self.output = Linear(spec, width, width, precision)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        words: Words | None,
+        cache: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        """(B, L, D) to (B, L, D). `cache` (2, B, H, context, K) holds keys and values of the
+        positions before `start`, and receives those of `x`."""
+        batch, length, width = x.shape
+        zeros = torch.zeros_like(x[0, 0])
+        biases = [b if b is not None else zeros for b in self._biases()]
+        qkv = linear(x, self.qkv_kernel, torch.cat(biases), self.half)
+        qkv = qkv.view(batch, length, 3, self.spec.heads, self.spec.head_width)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if cache is not None:
+            cache[0, :, :, start : start + length] = key
+            cache[1, :, :, start : start + length] = value
+            key, value = cast(cache[:, :, :, : start + length], self.half).unbind(0)
+        rate = self.spec.attention_dropout
+        mixed = attention(query, key, value, words, self.site, rate, self.half)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def _biases(self) -> tuple[torch.Tensor | None, ...]:
+        return self.query_bias, self.key_bias, self.value_bias
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, spec: ModelSpec, precision: str) -> None:
+        super().__init__()
+        self.up = Linear(spec, spec.width, spec.inner_width, precision)
+        self.down = Linear(spec, spec.inner_width, spec.width, precision)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to (B, L, D)."""
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a residual branch with dropout; the norm stands before
+    the branch ("pre") or after the sum ("post")."""
+
+    def __init__(self, spec: ModelSpec, precision: str, index: int) -> None:
+        super().__init__()
+        self.spec, self.index = spec, index
+        self.attention_norm = LayerNorm(spec)
+        self.attention = Attention(spec, precision, index)
+        self.feed_forward_norm = LayerNorm(spec)
+        self.feed_forward = FeedForward(spec, precision)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        words: Words | None,
+        cache: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        """(B, L, D) fp32 to (B, L, D) fp32; see `Attention` for `cache` and `start`."""
+        rate, site = self.spec.dropout, 1 + 2 * self.index
+        if self.spec.norm_placement == "pre":
+            branch = self.attention(self.attention_norm(x), words, cache, start)
+            x = x + dropout(branch.float(), words, site, rate)
+            branch = self.feed_forward(self.feed_forward_norm(x))
+            return x + dropout(branch.float(), words, site + 1, rate)
+        branch = self.attention(x, words, cache, start)
+        x = self.attention_norm(x + dropout(branch.float(), words, site, rate))
+        branch = self.feed_forward(x)
+        return self.feed_forward_norm(x + dropout(branch.float(), words, site + 1, rate))

@@ -1,0 +1,65 @@
+"""The output layer and its loss in one, some rows at a time: all logits never exist at once."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_backend.precision import product
+
+ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
+
+
+class _HeadLoss(torch.autograd.Function):
+    """With z = h W, p = softmax(z) and c the rows' coefficients: L = sum c (logsumexp(z) - z_y),
+    dz = c (p - onehot(y)), dh = dz W^T, dW = h^T dz. Gradients are made in the forward, while the
+    chunk's logits are at hand, and handed out in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, kernel, targets, weights, coefficients, half, need):
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need else None
+        # In the layout of the kernel's own memory, which is transposed where it is tied.
+        d_kernel = torch.zeros_like(kernel) if need else None
+        for start in range(0, hidden.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            z = product(hidden[rows], kernel, half).float()
+            z -= z.amax(-1, keepdim=True)
+            picked = z.gather(-1, targets[rows, None])[:, 0]
+            total = z.exp_().sum(-1)
+            nll = total.log() - picked
+            c = coefficients[rows]
+            sums[0] += (weights[rows] * nll).sum()
+            sums[1] += (c * nll).sum()
+            if need:
+                z *= (c / total)[:, None]
+                z.scatter_add_(-1, targets[rows, None], -c[:, None])
+                d_hidden[rows] = product(z, kernel.t(), half)
+                if half is None and not kernel.is_contiguous():
+                    d_kernel.t().addmm_(z.t(), hidden[rows])
+                elif half is None:
+                    d_kernel.addmm_(hidden[rows].t(), z)
+                else:
+                    d_kernel += product(hidden[rows].t(), z, half)
+        if need:
+            ctx.save_for_backward(d_hidden, d_kernel)
+        ctx.mark_non_differentiable(nll_sum := sums[0].clone())
+        return sums[1].clone(), nll_sum
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        d_hidden, d_kernel = ctx.saved_tensors
+        return d_hidden * gradient, d_kernel * gradient, None, None, None, None, None
+
+
+def head_loss(
+    hidden_ND: torch.Tensor,
+    kernel_DV: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    coefficients_N: torch.Tensor,
+    half: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sums over the rows of their negative log-likelihood in nats: times `coefficients` (the
+    differentiable one), and times `weights`. `targets` are int64."""
+    need = torch.is_grad_enabled()
+    return _HeadLoss.apply(hidden_ND, kernel_DV, targets_N, weights_N, coefficients_N, half, need)

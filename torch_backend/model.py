@@ -1,0 +1,46 @@
+"""The Transformer of a `ModelSpec`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from horovod_lm.spec import ModelSpec
+from torch_backend.layers import Block, Embeddings, LayerNorm, Words
+from torch_backend.precision import HALF_TYPES, product
+
+
+class Transformer(nn.Module):
+    """A decoder: embeddings, blocks and (pre-norm only) a last norm; the head is applied apart,
+    since training does it together with the loss."""
+
+    def __init__(self, spec: ModelSpec, precision: str) -> None:
+        super().__init__()
+        self.spec, self.half = spec, HALF_TYPES[precision]
+        self.embeddings = Embeddings(spec)
+        self.decoder = nn.ModuleList(Block(spec, precision, i) for i in range(spec.layers))
+        self.norm = LayerNorm(spec) if spec.norm_placement == "pre" else None
+        if not spec.tied:
+            self.lm_kernel = nn.Parameter(torch.zeros(spec.width, spec.vocabulary))
+
+    def forward(
+        self,
+        tokens_BL: torch.Tensor,
+        words: Words | None = None,
+        caches: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        """Hidden states (B, L, D) fp32. `caches` (layers, 2, B, H, context, K) and `start` are for
+        decoding: the tokens' first position, with keys and values of earlier ones."""
+        x = self.embeddings(tokens_BL, words, start)
+        for index, block in enumerate(self.decoder):
+            x = block(x, words, None if caches is None else caches[index], start)
+        return x if self.norm is None else self.norm(x)
+
+    def head_kernel(self, head: str) -> torch.Tensor:
+        """The (D, V) kernel of an output head: the transposed embedding where they are tied."""
+        return self.embeddings.tokens.t() if self.spec.tied else self.lm_kernel
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (…, V) fp32."""
+        return product(hidden, self.head_kernel("lm"), self.half).float()

@@ -1,0 +1,41 @@
+"""Which numbers the products run in: fp32, bf16, or fp16 that rounds and overflows like fp16.
+
+In the half precisions weights, residual stream, norms, softmax and loss stay in fp32; only the
+inputs and results of matrix products are halves.
+"""
+
+from __future__ import annotations
+
+import torch
+
+HALF_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cast(x: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    """`x` in the type of products."""
+    return x if half is None else x.to(half)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    """`a @ b` with inputs and result in the type of products, summed in fp32.
+
+    CPUs without fp16 instructions are a hundred times slower in it, so there the product runs on
+    fp32 copies of the halves and its result is rounded: the same numbers, and the same overflows,
+    also in the backward, whose casts round the gradients.
+    """
+    a, b = cast(a, half), cast(b, half)
+    if half is torch.float16 and not a.is_cuda:
+        return (a.float() @ b.float()).half()
+    return a @ b
+
+
+def linear(
+    x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, half: torch.dtype | None
+) -> torch.Tensor:
+    """`x @ kernel + bias` over the last axis: (…, in) and (in, out) give (…, out), in the type of
+    products."""
+    if half is None and bias is not None:
+        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), kernel)
+        return flat.view(*x.shape[:-1], kernel.shape[1])
+    y = product(x, kernel, half)
+    return y if bias is None else y + cast(bias, half)

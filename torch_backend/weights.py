@@ -1,0 +1,89 @@
+"""From canonical parameters to this backend's own tensors, in one flat buffer, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from horovod_lm.spec import ModelSpec
+
+
+def own_name(canonical: str) -> tuple[str, int | None]:
+    """The name of the module parameter that holds a canonical one, and for the fused query, key
+    and value kernel which third of its columns."""
+    *path, layer, kind = canonical.split(".")
+    if path and path[-1] == "attention" and layer in ("query", "key", "value"):
+        if kind == "bias":
+            return ".".join([*path, f"{layer}_bias"]), None
+        return ".".join([*path, "qkv_kernel"]), ("query", "key", "value").index(layer)
+    if canonical.startswith("decoder.norm."):
+        return canonical.removeprefix("decoder."), None
+    if canonical == "heads.lm.kernel":
+        return "lm_kernel", None
+    return canonical, None
+
+
+class Weights:
+    """All parameters of a model as views of one flat buffer, and their gradients as views of
+    another, which makes allreduce, norm and update one operation each. Parameters with weight
+    decay come first.
+
+    `values` (P,); `gradients` (P + tail,), whose last `tail` elements travel with the gradients.
+    """
+
+    def __init__(self, model: nn.Module, spec: ModelSpec, tail: int, device: torch.device) -> None:
+        self.spec = spec
+        own = dict(model.named_parameters())
+        order: dict[str, bool] = {}
+        for parameter in spec.parameters:
+            order.setdefault(own_name(parameter.name)[0], parameter.decay)
+        assert set(order) == set(own), set(order) ^ set(own)
+        names = sorted(order, key=lambda name: not order[name])
+        self.size = sum(own[name].numel() for name in names)
+        self.decayed = sum(own[name].numel() for name in names if order[name])
+        self.values = torch.zeros(self.size, device=device)
+        self.gradients = torch.zeros(self.size + tail, device=device)
+        self.tail = self.gradients[self.size :]
+        self.slices: dict[str, slice] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        start = 0
+        for name in names:
+            part = slice(start, start + own[name].numel())
+            self.slices[name], self.shapes[name] = part, own[name].shape
+            own[name].data = self.values[part].view(own[name].shape)
+            own[name].grad = self.gradients[part].view(own[name].shape)
+            start = part.stop
+
+    def read(self, buffer: torch.Tensor) -> dict[str, np.ndarray]:
+        """Copies of all canonical tensors in a flat buffer of this layout."""
+        tensors = {}
+        for parameter in self.spec.parameters:
+            view = self._view(buffer, parameter.name)
+            tensors[parameter.name] = np.array(view.detach().cpu().numpy(), order="C")
+        return tensors
+
+    def write(self, buffer: torch.Tensor, tensors: Mapping[str, np.ndarray]) -> None:
+        """Fill a flat buffer of this layout from canonical tensors. Raises `KeyError` for a
+        missing one."""
+        for parameter in self.spec.parameters:
+            array = np.ascontiguousarray(tensors[parameter.name], dtype=np.float32)
+            self._view(buffer, parameter.name).copy_(torch.from_numpy(array))
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The own tensors in a flat buffer, each as (elements,)."""
+        return [buffer[part] for part in self.slices.values()]
+
+    def first_not_finite(self, buffer: torch.Tensor) -> str | None:
+        """The canonical name of the first tensor with an element that is not finite."""
+        for parameter in self.spec.parameters:
+            if not torch.isfinite(self._view(buffer, parameter.name)).all():
+                return parameter.name
+        return None
+
+    def _view(self, buffer: torch.Tensor, canonical: str) -> torch.Tensor:
+        name, third = own_name(canonical)
+        view = buffer[self.slices[name]].view(self.shapes[name])
+        return view if third is None else view.chunk(3, dim=1)[third]
