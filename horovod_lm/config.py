@@ -93,7 +93,9 @@ class LossScale(_Section):
     growth_factor: float = Field(2.0, gt=1, le=1024, description="factor when it grows")
     growth_interval: int = Field(2000, ge=1, description="good steps in a row until it grows")
     backoff_factor: float = Field(0.5, gt=0, lt=1, description="factor after an overflow")
-    hysteresis: int = Field(1, ge=1, description="overflows in a row that a back-off takes")
+    hysteresis: int = Field(
+        1, ge=1, description="overflows until it backs off; counted afresh when it grows"
+    )
     minimum: float = Field(1.0, gt=0, description="an overflow at the minimum ends the run")
     maximum: float = Field(2.0**24, gt=0, le=2.0**40, description="never above")
 
@@ -185,6 +187,28 @@ class Config(_Section):
         """SHA-256 of `identity`."""
         text = json.dumps(self.identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def trajectory(self) -> dict[str, Any]:
+        """The part of `identity` that decides which weights come out, flat, as `section.key`: a
+        resumed run must not change it.
+
+        Left out are evaluation, checkpoints, comparisons of replicas, and the micro-batch size
+        (accumulation changes memory, not results). `train.steps` counts only where the schedule
+        ends with it: then it stands as `schedule.updates`.
+        """
+        values = {
+            f"{section}.{key}": value
+            for section, keys in self.identity.items()
+            if section not in ("evaluation", "checkpoint")
+            for key, value in keys.items()
+        }
+        steps = values.pop("train.steps")
+        for key in ("train.check_every", "train.micro_batch_size"):
+            del values[key]
+        ends = self.schedule.name in ("cosine", "linear")
+        values["schedule.updates"] = (self.schedule.updates or steps) if ends else None
+        return values
 
 
 def known_keys() -> list[str]:

@@ -1,0 +1,334 @@
+"""Checkpoints: canonical names in safetensors, beside a JSON manifest with digests.
+
+A checkpoint is a folder `step-00000200` with `weights.safetensors`, `moments.safetensors` and
+`manifest.json`. It belongs to the run, not to a framework or a number of ranks. It appears by one
+rename, whole, so a kill at any moment leaves the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from horovod_lm.backend import EngineState
+from horovod_lm.config import Config
+from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.spec import ModelSpec
+
+MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "weights.safetensors", "moments.safetensors"
+_NAME = re.compile(r"step-\d{8,}")
+_TEMPORARY = ".tmp-"
+_BLOCK = 1 << 20  # bytes hashed at a time
+
+
+@dataclass
+class RunState:
+    """Where a run stands: attempted `steps`, applied `updates`, the loss scaler's and the engine's
+    state. The position in the data is `step`. `extra` is JSON of the caller's; its `data_digest`
+    (of the prepared data) lets `check_same_run` accept the same text in another place."""
+
+    step: int
+    updates: int
+    scaler: dict[str, float]
+    engine: EngineState
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class _Manifest(BaseModel):
+    """What `manifest.json` may hold. File names are two fixed ones, so they cannot lead out of the
+    folder; `tensors` are the shapes of the weights, which the moments share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    step: int = Field(ge=0)
+    updates: int = Field(ge=0)
+    scaler: dict[str, float]
+    extra: dict[str, Any]
+    run: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+    files: dict[Literal["weights.safetensors", "moments.safetensors"], _File]
+
+
+def save(folder: Path, state: RunState, config: Config, keep: int) -> Path:
+    """Write `folder/step-NNNNNNNN` and then remove all but the newest `keep`; returns its path.
+
+    Only one rank may do so. A valid checkpoint of this step that is there already stays as it is.
+    Raises `RunFailed` if it cannot be written, a full disk above all; the last one is then kept.
+    """
+    target = folder / f"step-{state.step:08d}"
+    work = folder / f"{_TEMPORARY}{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        if target.exists():
+            if _is_valid(target):
+                return target
+            _remove(target)
+        work.mkdir()
+        _write(work, state, config)
+        os.rename(work, target)
+        _sync(folder)
+        _prune(folder, state.step, keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise RunFailed(_cannot_write(folder, state.step, error)) from error
+    return target
+
+
+def _cannot_write(folder: Path, step: int, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else None
+    number = re.search(r"os error (\d+)", str(error))
+    if number:  # safetensors gives the system's error as text alone
+        reason = os.strerror(int(number[1]))
+    kept = _steps(folder) if folder.is_dir() else []
+    last = f"the last checkpoint, {kept[-1]}, is kept" if kept else "there is no earlier one"
+    return (
+        f"the checkpoint of step {step} can't be written to {folder}: "
+        f"{(reason or str(error)).lower()}; {last}. Make room or mend the folder, "
+        f"then start again with --resume"
+    )
+
+
+def _write(work: Path, state: RunState, config: Config) -> None:
+    """Write the files of a checkpoint into `work` and bring them to the disk."""
+    engine = state.engine
+    moments = {f"{m}.{n}": a for m, table in engine.moments.items() for n, a in table.items()}
+    files = {}
+    for name, tensors in ((WEIGHTS, engine.weights), (MOMENTS, moments)):
+        save_file(
+            {n: np.ascontiguousarray(a, dtype="<f4") for n, a in tensors.items()}, work / name
+        )
+        _sync(work / name)
+        files[name] = _File(sha256=_sha256(work / name), size=(work / name).stat().st_size)
+    manifest = _Manifest.model_validate(
+        {
+            "schema": 1,
+            "step": state.step,
+            "updates": state.updates,
+            "scaler": state.scaler,
+            "extra": state.extra,
+            "run": config.trajectory,
+            "tensors": {n: a.shape for n, a in engine.weights.items()},
+            "files": files,
+        }
+    )
+    text = manifest.model_dump_json(indent=1, by_alias=True)
+    (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _sync(work / MANIFEST)
+    _sync(work)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first; none is opened."""
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and not p.is_symlink()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    # Checkpoints of later steps can only be ones that could not be loaded: they must not push out
+    # good ones.
+    for old in [p for p in _steps(folder) if _step_of(p) <= step][:-keep]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a kill leaves no half of it under its name."""
+    doomed = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """Turn whatever can go wrong in reading a checkpoint into one `UserError`."""
+    try:
+        yield
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        reason = f"{MANIFEST}: {key}: {fault['msg']}" if key else f"{MANIFEST}: {fault['msg']}"
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{Path(error.filename).name}: {reason}"
+    else:
+        return
+    raise UserError(f"{path} is not a valid checkpoint: {reason}")
+
+
+def _regular(path: Path) -> Path:
+    """`path` itself, if it is a plain file."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path.name} is not a plain file (links are refused)")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    if path.is_symlink():
+        raise ValueError("it is a link; give the folder itself")
+    return _Manifest.model_validate_json(_regular(path / MANIFEST).read_bytes())
+
+
+def _checked_manifest(path: Path) -> _Manifest:
+    """The manifest, after its files were compared with its digests."""
+    manifest = _read_manifest(path)
+    for name in (WEIGHTS, MOMENTS):
+        if name not in manifest.files:
+            raise ValueError(f"{MANIFEST} does not list {name}")
+        size, expected = _regular(path / name).lstat().st_size, manifest.files[name]
+        if size != expected.size:
+            raise ValueError(f"{name} has {size} bytes instead of {expected.size}")
+        if _sha256(path / name) != expected.sha256:
+            raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    return manifest
+
+
+def verify(path: Path) -> None:
+    """Compare the files of a checkpoint with its manifest. Raises `UserError` naming what is
+    wrong."""
+    with _faults(path):
+        _checked_manifest(path)
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        verify(path)
+    except UserError:
+        return False
+    return True
+
+
+def newest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
+    """The newest valid checkpoint in `folder`, digests compared; None if there is none. `log` is
+    told which newer ones are passed over, and why."""
+    for path in reversed(_steps(folder) if folder.is_dir() else []):
+        try:
+            verify(path)
+        except UserError as error:
+            log(f"passed over: {error}")
+        else:
+            return path
+    return None
+
+
+def load(path: Path) -> RunState:
+    """Read a checkpoint, digests first, with one copy of its tensors in memory. Raises `UserError`
+    naming what is wrong."""
+    with _faults(path):
+        manifest = _checked_manifest(path)
+        weights = _read_tensors(path / WEIGHTS)
+        moments: dict[str, dict[str, np.ndarray]] = {}
+        for key, array in _read_tensors(path / MOMENTS).items():
+            moment, _, name = key.partition(".")
+            moments.setdefault(moment, {})[name] = array
+        for file, table in ((WEIGHTS, weights), *((MOMENTS, m) for m in moments.values())):
+            if {n: a.shape for n, a in table.items()} != manifest.tensors:
+                raise ValueError(f"{file} does not hold the tensors that {MANIFEST} lists")
+        engine = EngineState(weights, moments, manifest.updates)
+        return RunState(manifest.step, manifest.updates, manifest.scaler, engine, manifest.extra)
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    # pread: with mmap the file's pages would stand in memory beside the arrays.
+    tensors = load_file(path, backend="pread")
+    for name, array in tensors.items():
+        if array.dtype != np.float32:
+            raise ValueError(f"{path.name}: {name} is {array.dtype}, not float32")
+    return tensors
+
+
+def check_model(path: Path, spec: ModelSpec) -> None:
+    """Raise `UserError`, naming the first parameter that differs, unless the checkpoint's weights
+    are those of `spec`."""
+    with _faults(path):
+        found = dict(_read_manifest(path).tensors)
+    for parameter in spec.parameters:
+        shape = found.pop(parameter.name, None)
+        if shape != parameter.shape:
+            has = f"has shape {shape}" if shape else "is missing"
+            raise UserError(
+                f"{path} is a checkpoint of another model: {parameter.name} {has} in it, and "
+                f"shape {parameter.shape} in [model]"
+            )
+    if found:
+        raise UserError(
+            f"{path} is a checkpoint of another model: it has {next(iter(found))}, which [model] "
+            f"does not have"
+        )
+
+
+def check_same_run(path: Path, config: Config, data_digest: str | None = None) -> None:
+    """Raise `UserError`, naming each changed key with its old and new value, if `config` would
+    make the checkpoint's run another one (see `Config.trajectory`).
+
+    With `data_digest`, of the prepared data, data.text may have moved: the checkpoint's own
+    `extra["data_digest"]` must be equal instead.
+    """
+    with _faults(path):
+        manifest = _read_manifest(path)
+    old, new = dict(manifest.run), dict(config.trajectory)
+    if data_digest and "data_digest" in manifest.extra:
+        for values, digest in ((old, manifest.extra["data_digest"]), (new, data_digest)):
+            values.pop("data.text", None)
+            values["digest of the prepared data"] = digest
+    changes = [
+        f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if old.get("schedule.updates") != new.get("schedule.updates") and not config.schedule.updates:
+        changes.append("(schedule.updates follows train.steps; to train longer, set it as it was)")
+    if changes:
+        raise UserError(
+            f"{path} belongs to another run; changed since then:\n  "
+            + "\n  ".join(changes)
+            + "\nchange them back, or start a new run in another folder"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
