@@ -1,0 +1,76 @@
+"""`horovod-lm generate`."""
+
+from pathlib import Path
+
+import click
+
+from horovod_lm.cli.common import backend_option, json_option
+
+EPILOG = """\b
+Examples:
+  horovod-lm generate runs/mine --prompt "The river"
+  echo -n "The river" | horovod-lm generate runs/mine --prompt - --temperature 0.8 --seed 3"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, metavar="TEXT", help="The text to go on from; -: stdin.")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="How many.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0: always the likeliest token.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of sampling.")
+@backend_option
+@json_option
+def command(
+    run: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Let a trained RUN continue a text."""
+    from horovod_lm.errors import UserError
+
+    text = _standard_input() if prompt == "-" else prompt
+    if not text:
+        raise UserError("the prompt is empty; give at least one character")
+    from horovod_lm.decode import generate
+    from horovod_lm.train import restore
+
+    restored = restore(run, backend, None)
+    tokenizer = restored.prepared.tokenizer
+    ids = tokenizer.encode(text)
+    out = generate(
+        restored.engine,
+        ids[None],
+        tokens,
+        context=restored.config.model.context,
+        temperature=temperature,
+        seed=seed,
+        end=tokenizer.end,
+    )
+    continuation = tokenizer.decode(out[0])
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"prompt": text, "continuation": continuation}, ensure_ascii=False))
+    else:
+        click.echo(text + continuation)
+
+
+def _standard_input() -> str:
+    import sys
+
+    from horovod_lm.errors import UserError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on standard input is not UTF-8 text: {error}") from None

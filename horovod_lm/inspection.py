@@ -1,0 +1,125 @@
+"""Figures that follow from a config alone: parameters, FLOPs, memory, and the plan of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from horovod_lm.config import Config
+from horovod_lm.spec import Initialiser, ModelSpec, Parameter
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters of equal shape that differ in their layer only: `decoder.0-3.attention…`."""
+
+    name: str
+    shape: tuple[int, ...]
+    layers: int
+    count: int
+    initialiser: str
+    decay: bool
+
+
+def rows(parameters: Iterable[Parameter]) -> list[Row]:
+    """The parameter table with the layers of a stack folded into one row, in its order."""
+    folded: dict[tuple, list[tuple[int | None, Parameter]]] = {}
+    for parameter in parameters:
+        head, layer, tail = _split(parameter.name)
+        key = (head, tail, parameter.shape, parameter.initialiser, parameter.decay)
+        folded.setdefault(key, []).append((layer, parameter))
+    table = []
+    for (head, tail, shape, initialiser, decay), group in folded.items():
+        name = head + tail
+        first, last = group[0][0], group[-1][0]
+        if first is not None:
+            name = f"{head}.{first}{'' if first == last else f'-{last}'}.{tail}"
+        count = sum(parameter.size for _, parameter in group)
+        table.append(Row(name, shape, len(group), count, _initialiser(initialiser), decay))
+    return table
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    match = re.fullmatch(r"([a-z_]+)\.(\d+)\.(.+)", name)
+    return (match[1], int(match[2]), match[3]) if match else (name, None, "")
+
+
+def _initialiser(initialiser: Initialiser) -> str:
+    if initialiser.kind == "normal":
+        return f"normal {initialiser.std:.3g}"
+    return initialiser.kind
+
+
+def parts(spec: ModelSpec) -> dict[str, int]:
+    """Number of parameters by part of the model: embeddings, attention, feed-forward, norms,
+    heads."""
+    totals: dict[str, int] = {}
+    for parameter in spec.parameters:
+        names = parameter.name.split(".")
+        part = names[0]
+        if "norm" in parameter.name:
+            part = "norms"
+        elif len(names) > 2 and names[1].isdigit():
+            part = "attention" if "attention" in names[2] else "feed_forward"
+        totals[part] = totals.get(part, 0) + parameter.size
+    return totals
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What `horovod-lm inspect --json` prints: every parameter, totals, FLOPs of one training
+    token, and bytes of one rank by part for the config's micro-batch."""
+    spec = config.model
+    micro = micro_batch_rows(config, config.launch.ranks)
+    return {
+        "name": config.name,
+        "digest": config.digest,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "shape": list(parameter.shape),
+                "count": parameter.size,
+                "initialiser": _initialiser(parameter.initialiser),
+                "decay": parameter.decay,
+            }
+            for parameter in spec.parameters
+        ],
+        "parts": parts(spec),
+        "total": spec.size,
+        "decayed": sum(p.size for p in spec.parameters if p.decay),
+        "flops_per_token": spec.flops_per_token(),
+        "micro_batch_rows": micro,
+        "memory": spec.memory(micro, config.train.precision),
+    }
+
+
+def micro_batch_rows(config: Config, ranks: int) -> int:
+    """Sequences of one forward of the rank that has the most."""
+    largest = -(-config.train.global_batch_size // ranks)
+    return min(config.train.micro_batch_size or largest, largest)
+
+
+def plan(config: Config, ranks: int, training_tokens: int | None = None) -> dict[str, Any]:
+    """What a run of `config` on `ranks` ranks will do; `epochs` if the size of the corpus is known.
+
+    FLOPs are those of all ranks; memory is bytes of one rank.
+    """
+    spec, settings = config.model, config.train
+    tokens = settings.global_batch_size * spec.context
+    micro = micro_batch_rows(config, ranks)
+    return {
+        "parameters": spec.size,
+        "backend": config.launch.backend,
+        "precision": settings.precision,
+        "ranks": ranks,
+        "global_batch_size": settings.global_batch_size,
+        "micro_batch_rows": micro,
+        "micro_batches": -(-settings.global_batch_size // (ranks * micro)),
+        "tokens_per_step": tokens,
+        "flops_per_step": tokens * spec.flops_per_token(),
+        "memory": spec.memory(micro, settings.precision),
+        "steps": settings.steps,
+        "tokens": settings.steps * tokens,
+        "epochs": settings.steps * tokens / training_tokens if training_tokens else None,
+    }
