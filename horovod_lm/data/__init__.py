@@ -1,0 +1,1 @@
+"""From corpora to batches: text, tokenizer, memory-mapped token shards, sampler, batches."""

@@ -1,0 +1,78 @@
+"""The cache on disk: locks, so that two processes wait for each other, and folders that are there
+whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from horovod_lm.errors import RunFailed, UserError
+
+# No space, no quota left, a file too large for the file system or the process's limit.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/horovod_lm/data`, or under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "horovod_lm" / "data"
+
+
+@contextmanager
+def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of `folder`; says so if another process has it, and waits."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            log(f"another process is preparing {folder.name}; waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` when the context ends well, and is removed
+    otherwise. Hold the lock of `folder`. Raises `RunFailed` where the disk is full."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        with writing(folder):
+            # What a killed process left.
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says about writing under `folder` into a message."""
+    try:
+        yield
+    except OSError as error:
+        mend = "set XDG_CACHE_HOME to another place"
+        if error.errno in _FULL:
+            raise RunFailed(
+                f"no space left for prepared data in {folder.parent} ({error.strerror}); nothing "
+                f"half is left there: free some space, or {mend}"
+            ) from error
+        raise UserError(
+            f"the cache in {folder.parent} can't be written: {error.strerror or error}; make it "
+            f"writable, or {mend}"
+        ) from error
