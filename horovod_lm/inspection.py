@@ -25,7 +25,7 @@ class Row:
 
 def rows(parameters: Iterable[Parameter]) -> list[Row]:
     """The parameter table with the layers of a stack folded into one row, in its order."""
-    folded: dict[tuple, list[tuple[int | None, Parameter]]] = {}
+    folded: dict[tuple[Any, ...], list[tuple[int | None, Parameter]]] = {}
     for parameter in parameters:
         head, layer, tail = _split(parameter.name)
         key = (head, tail, parameter.shape, parameter.initialiser, parameter.decay)
@@ -95,9 +95,11 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def micro_batch_rows(config: Config, ranks: int) -> int:
-    """Sequences of one forward of the rank that has the most."""
+    """Sequences of one forward: the largest rank's part in equal micro-batches, none larger than
+    `train.micro_batch_size`."""
     largest = -(-config.train.global_batch_size // ranks)
-    return min(config.train.micro_batch_size or largest, largest)
+    micros = -(-largest // min(config.train.micro_batch_size or largest, largest))
+    return -(-largest // micros)
 
 
 def plan(config: Config, ranks: int, training_tokens: int | None = None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,16 +91,6 @@ def slurm_tasks(text: str) -> list[int]:
     return tasks
 
 
-def share(count: int, rank: int, ranks: int) -> range:
-    """The consecutive rows of a global batch of `count` that `rank` of `ranks` works on.
-
-    The first `count % ranks` ranks have one row more; a rank may have none.
-    """
-    whole, rest = divmod(count, ranks)
-    start = rank * whole + min(rank, rest)
-    return range(start, start + whole + (rank < rest))
-
-
 def threads_per_rank(where: Place, environ: Mapping[str, str] = os.environ) -> int:
     """How many threads a rank may use so that the ranks of one machine do not fight for cores.
 
@@ -133,10 +124,8 @@ def _machine_cores(environ: Mapping[str, str]) -> int:
     cores = _own_cores()
     daemon = _daemon()
     if daemon is not None and hasattr(os, "sched_getaffinity"):
-        try:
+        with suppress(OSError):  # it ended, or belongs to another user
             cores = max(cores, len(os.sched_getaffinity(daemon)))
-        except OSError:  # it ended, or belongs to another user
-            pass
     granted = environ.get("SLURM_CPUS_ON_NODE", "")
     return min(cores, int(granted)) if granted.isdigit() and int(granted) else cores
 
@@ -178,7 +167,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     return min(quotas, default=None)
 
 
-def _quotas(mount: Path, path: str, read) -> list[float]:
+def _quotas(mount: Path, path: str, read: Callable[[Path], float | None]) -> list[float]:
     """Quotas of the group `path` and of all above it. In a container the path may be the host's
     and not be there; the mount's root then is the container's group."""
     folder = mount / path.lstrip("/")

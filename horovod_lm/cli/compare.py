@@ -32,8 +32,9 @@ def command(
     output: Path | None,
     overrides: tuple[str, ...],
 ) -> int:
-    """Train the same model in both frameworks and report how they differ.
+    """Train in both frameworks and report how they differ.
 
+    The same run twice, on as many ranks as -np says, with its speed taken in alternating rounds.
     Ends in a table and a report.html in the run's folder. Exit code 3 if the loss curves differ.
     """
     import time

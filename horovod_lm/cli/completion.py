@@ -13,7 +13,7 @@ Examples:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def command(context: click.Context, shell: str) -> None:
-    """Print a script that completes commands and options in SHELL."""
+    """Print a script for shell completion."""
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)

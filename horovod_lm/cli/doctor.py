@@ -17,7 +17,8 @@ Examples:
 def command(fix: bool, as_json: bool) -> int:
     """Say what is installed, what will go wrong, and the mend.
 
-    Exit code 0 if training would work in a backend at least, 1 if not.
+    Ends with two steps of a tiny model on two ranks of each backend. Exit code 0 if every installed
+    backend can train here, 1 if not.
     """
     from horovod_lm.doctor import examine
 

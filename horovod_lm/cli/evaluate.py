@@ -17,7 +17,7 @@ Examples:
 @backend_option
 @json_option
 def command(run: Path, backend: str | None, as_json: bool) -> None:
-    """Validation loss and perplexity of a trained RUN.
+    """Measure validation loss and perplexity of a RUN.
 
     Takes the newest valid checkpoint; either framework reads what the other wrote.
     """

@@ -24,7 +24,10 @@ Examples:
 @set_option
 @json_option
 def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Parameters, FLOPs and memory of a model, from its config or a run's folder."""
+    """Show parameters, FLOPs and memory of a model.
+
+    Of a config, or of the config in a run's folder.
+    """
     from horovod_lm.errors import UserError
     from horovod_lm.inspection import describe
 
