@@ -92,9 +92,9 @@ class EngineState:
 
 
 class Communicator(Protocol):
-    """The only way in which neutral code speaks to other ranks. All calls but the attributes and
-    `abort` are collective: every rank makes them in the same order. Each raises `RunFailed` if
-    another rank has ended or the job has stalled."""
+    """The only way in which neutral code speaks to other ranks. All calls but `shutdown` are
+    collective: every rank makes them in the same order. Each raises `CollectiveFailed`
+    if another rank has ended or the job has stalled."""
 
     rank: int
     size: int
@@ -149,8 +149,8 @@ class Engine(Protocol):
         (the one given must not be used again)."""
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """The reduced, unscaled, unclipped gradient of the last `reduce_gradients`, by canonical
-        name."""
+        """The reduced and unscaled gradient, by canonical name; read it between
+        `reduce_gradients` and `apply_gradients`, which may clip it in place."""
 
     def state(self) -> EngineState:
         """A copy of weights, moments and update count."""

@@ -6,16 +6,22 @@ from __future__ import annotations
 class HorovodLmError(Exception):
     """Base of every error that is shown to a person as one message, without a traceback.
 
-    `exit_code` is what the process ends with; see "How a command ends" in the README.
+    `exit_code` is what the process ends with; see "How a command ends" in the README. Where all
+    ranks of a job raise the same error, `shown_by_me` says whether this one prints it.
     """
 
     exit_code = 1
+    shown_by_me: bool | None = None
 
 
 class RunFailed(HorovodLmError):
     """The work began and could not be finished (exit code 1)."""
 
     exit_code = 1
+
+
+class CollectiveFailed(RunFailed):
+    """Another rank has ended, or the job has stalled: nothing can be agreed on any more."""
 
 
 class UserError(HorovodLmError):

@@ -46,7 +46,7 @@ class ModelSpec(BaseModel):
 
     `layers` is the depth of each stack that `kind` has: a decoder stack (causal; with attention to
     the encoder in an encoder-decoder) and an encoder stack (sees both sides). Raises
-    `pydantic.ValidationError` for values out of range; `horovod_lm.config` turns it into one message.
+    `pydantic.ValidationError` for values out of range, which `horovod_lm.config` words anew.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from horovod_lm.errors import RunFailed
+from horovod_lm.errors import CollectiveFailed
 
 
 @contextmanager
@@ -17,7 +17,9 @@ def _collective():
     try:
         yield
     except (HorovodInternalError, ValueError, RuntimeError) as error:
-        raise RunFailed(f"a collective failed, since another rank has ended: {error}") from error
+        raise CollectiveFailed(
+            f"a collective failed, since another rank has ended or stalled: {error}"
+        ) from error
 
 
 class Communicator:

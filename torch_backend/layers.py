@@ -70,7 +70,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, rows, columns, rate):
-        batch, length, width = query.shape
+        length, width = query.shape[1:]
         scale, boost = 1 / math.sqrt(width), 1 / (1 - rate)
         output = torch.empty_like(query)
         block = min(ROW_BLOCK, length)

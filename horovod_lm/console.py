@@ -1,0 +1,76 @@
+"""What rank 0 prints during training: a progress bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingConsole(AbstractContextManager["TrainingConsole"]):
+    """A sink for metrics rows."""
+
+    def __init__(self, steps: int, start: int, log_every: int) -> None:
+        self._steps, self._log_every = steps, log_every
+        self._tokens = self._seconds = 0.0
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=Console(),
+            )
+            self._task = self._bar.add_task("", total=steps, completed=start)
+            self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "evaluation":
+            if row["loss"] is not None:
+                self.say(
+                    f"step {row['step']}: validation loss {row['loss']:.4f} nats per token, "
+                    f"perplexity {row['perplexity'] or float('inf'):.1f}"
+                )
+            return
+        self._tokens += row["tokens"]
+        self._seconds += row["seconds"]
+        if row["overflow"]:
+            self.say(_skipped(row))
+        loss = float("nan") if row["loss"] is None else row["loss"]
+        if self._bar:
+            rate = row["tokens"] / max(row["seconds"], 1e-9)
+            text = f"loss {loss:.4f}, {rate:,.0f} tokens/s"
+            self._bar.update(self._task, completed=row["step"], description=text)
+        elif row["step"] % self._log_every == 0 or row["step"] in (1, self._steps):
+            rate = self._tokens / max(self._seconds, 1e-9)
+            norm = float("nan") if row["norm"] is None else row["norm"]
+            self.say(
+                f"step {row['step']}/{self._steps}  loss {loss:.4f}  norm {norm:.3f}  "
+                f"rate {row['learning_rate']:.2e}  {rate:,.0f} tokens/s"
+            )
+            self._tokens = self._seconds = 0.0
+
+
+def _skipped(row: dict[str, Any]) -> str:
+    overflow = row["overflow"]
+    rank = "" if overflow["rank"] is None else f", first on rank {overflow['rank']}"
+    return (
+        f"step {row['step']}: skipped, the gradient overflows in {overflow['tensor']}{rank}; "
+        f"loss scale was {row['loss_scale']:g}"
+    )

@@ -1,0 +1,53 @@
+"""What the environment of a rank must say: threads, allocator, MPI's polling, Horovod's cycle."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+
+from horovod_lm.config import Config
+from horovod_lm.topology import place, threads_per_rank
+
+# With these glibc keeps large blocks instead of giving them back to the kernel at every step, whose
+# page faults cost 13 to 22% of a step.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+def rank_environment(config: Config, threads: int | None = None) -> dict[str, str]:
+    """The variables that a rank starts with; `threads` where the launcher knows them.
+
+    Open MPI polls busily, which takes cores from ranks that compute, unless it yields when idle.
+    Horovod's cycle of 1 ms instead of 5 makes two ranks 10% faster. Its stalls end by themselves
+    only if a time is given, and Gloo's waits must be as patient.
+    """
+    stall = str(config.launch.stall_seconds)
+    values = {
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        "HOROVOD_CYCLE_TIME": "1",
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": stall,
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, config.launch.stall_seconds // 2)),
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": stall,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        **_ALLOCATOR,
+    }
+    if threads is not None:
+        values |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return values
+
+
+def apply(config: Config, environ: Mapping[str, str] = os.environ) -> int:
+    """In a rank, before a framework is imported: set what can still be set, without overriding
+    the user's own. Returns the number of threads for this rank."""
+    threads = config.launch.threads or threads_per_rank(place())
+    late_allocator = not any(name in environ for name in _ALLOCATOR)
+    for name, value in rank_environment(config, threads).items():
+        os.environ.setdefault(name, value)
+    if late_allocator:
+        # The process has started, so glibc no longer reads the variables; ask it directly.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    return threads

@@ -1,0 +1,191 @@
+"""What happens beside the steps: metrics, evaluation, checkpoints, the check of the replicas."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from horovod_lm.backend import OVERFLOW, Engine, MicroBatch, Reduced
+from horovod_lm.checkpoint import RunState, save
+from horovod_lm.drift import compare_replicas
+from horovod_lm.loop import Run
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, written at once. A resumed run drops the lines
+    beyond the step it goes on from."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:  # a kill may have cut the last line
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if row["step"] <= step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Metrics:
+    """Rank 0 gives a row for every step to each sink."""
+
+    every = 1
+
+    def __init__(self, sinks: list[Callable[[dict[str, Any]], None]]) -> None:
+        self._sinks = sinks
+        self.first_step_seconds: float | None = None
+        self.loss: float | None = None
+
+    def __call__(self, run: Run, reduced: Reduced) -> None:
+        seconds = run.clock.end()
+        if self.first_step_seconds is None:
+            self.first_step_seconds = seconds
+        self.loss = sum(reduced.losses.values())
+        parts = run.clock.parts
+        row = {
+            "kind": "step",
+            "step": run.step,
+            "updates": run.updates,
+            "loss": _plain(self.loss),
+            "norm": _plain(reduced.norm),
+            "learning_rate": run.learning_rate,
+            "loss_scale": run.loss_scale if run.config.train.precision == "fp16" else None,
+            "skipped": run.scaler.skipped,
+            "overflow": _overflow(reduced),
+            "tokens": run.targets,
+            "seconds": round(seconds, 6),
+            "time": time.time(),
+            "parts": parts and {name: round(1e3 * part, 3) for name, part in parts.items()},
+            "memory_mib": None if parts is None else round(peak_memory(), 1),
+        }
+        for sink in self._sinks:
+            sink(row)
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no inf and nan."""
+    return value if math.isfinite(value) else None
+
+
+def _overflow(reduced: Reduced) -> dict[str, Any] | None:
+    if reduced.finite:
+        return None
+    ranks = np.flatnonzero(reduced.status & OVERFLOW)
+    return {"rank": int(ranks[0]) if ranks.size else None, "tensor": reduced.tensor}
+
+
+class Evaluation:
+    """Validation loss, with the windows dealt over all ranks. A row goes to each sink."""
+
+    def __init__(
+        self,
+        every: int,
+        batches: Callable[[], Iterator[MicroBatch]],
+        sinks: list[Callable[[dict[str, Any]], None]],
+    ) -> None:
+        self.every = every
+        self._batches, self._sinks = batches, sinks
+        self.loss: float | None = None
+
+    def __call__(self, run: Run, reduced: Reduced) -> None:
+        if run.stopped:  # whoever sent the signal waits for the checkpoint, not for this
+            return
+        with run.clock.pause():
+            begin = time.perf_counter()
+            local = np.zeros(2)
+            with run.guard():
+                local = local_evaluation(run.engine, self._batches())
+            total, count = run.communicator.allreduce(local)
+            self.loss = float(total / count) if count else math.nan
+            row = {
+                "kind": "evaluation",
+                "step": run.step,
+                "loss": _plain(self.loss),
+                "perplexity": _plain(perplexity(self.loss)),
+                "tokens": int(count),
+                "seconds": round(time.perf_counter() - begin, 3),
+                "time": time.time(),
+            }
+            for sink in self._sinks:
+                sink(row)
+
+
+def local_evaluation(engine: Engine, batches: Iterator[MicroBatch]) -> np.ndarray:
+    """(sum of weights x nll in nats, sum of weights) over `batches` on this rank, fp64."""
+    total = np.zeros(2)
+    for micro in batches:
+        for pair in engine.evaluate(micro).values():
+            total += pair
+    return total
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Checkpoint:
+    """Rank 0 writes the run's whole state."""
+
+    def __init__(self, every: int, folder: Path, extra: dict[str, Any], start: int) -> None:
+        self.every = every
+        self._folder, self._extra = folder, extra
+        self._saved = start
+        self.path: Path | None = None
+
+    def __call__(self, run: Run, reduced: Reduced) -> None:
+        if run.communicator.rank or run.trouble or run.step == self._saved:
+            return
+        with run.clock.pause():
+            state = RunState(
+                run.step, run.updates, run.scaler.state(), run.engine.state(), self._extra
+            )
+            self.path = save(self._folder, state, run.config, run.config.checkpoint.keep)
+            self._saved = run.step
+
+
+class ReplicaCheck:
+    """After the first update, and then every so many, all ranks compare a digest of weights,
+    moments, scaler and step."""
+
+    every = 1
+
+    def __init__(self, check_every: int) -> None:
+        self._check_every = check_every
+        self._checked: int | None = None
+
+    def __call__(self, run: Run, reduced: Reduced) -> None:
+        if not run.updates or run.updates == self._checked or not self._due(run):
+            return
+        self._checked = run.updates
+        with run.clock.pause():
+            compare_replicas(run.communicator, run.engine.state(), run.scaler.state(), run.step)
+
+    def _due(self, run: Run) -> bool:
+        if self._checked is None or (run.last and self._check_every):
+            return True
+        return bool(self._check_every) and run.updates % self._check_every == 0

@@ -1,0 +1,99 @@
+"""A run's folder: who may write into it, and `run.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from horovod_lm.config import Config, to_toml
+from horovod_lm.errors import UserError
+
+STATE = "run.json"
+
+
+def default_folder(config: Config) -> Path:
+    """`runs/NAME-TIME` below the working directory."""
+    return Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def claim(folder: Path, resume: bool) -> None:
+    """Make the folder for a run. Raises `UserError` if there is a run in it and `resume` is not
+    set, or if it can't be made or written."""
+    if (folder / STATE).exists() and not resume:
+        raise UserError(
+            f"{folder} has a run in it; go on with it by --resume, or give another --output"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output.folder = {folder} can't be made: {(error.strerror or str(error)).lower()}"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output.folder = {folder} is not writable; give another --output")
+
+
+class RunRecord:
+    """`run.json`, written anew as a whole whenever something changes; rank 0 alone has one."""
+
+    def __init__(self, folder: Path, config: Config, **values: Any) -> None:
+        self._path = folder / STATE
+        self.values: dict[str, Any] = {
+            "schema": 1,
+            "name": config.name,
+            "state": "running",
+            "message": None,
+            "started": time.time(),
+            "ended": None,
+            "digest": config.digest,
+            "steps": 0,
+            "updates": 0,
+            "first_step_seconds": None,
+            "loss": None,
+            "validation_loss": None,
+            "memory_mib": None,
+            "sample": None,
+            "checkpoint": None,
+            "machine": machine(),
+            **values,
+        }
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        self.update()
+
+    def update(self, **values: Any) -> None:
+        """Change `values` and write the file, atomically."""
+        self.values |= values
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self._path)
+
+    def end(self, state: str, message: str | None = None) -> None:
+        """The run has ended as `state`: finished, failed or stopped."""
+        self.update(state=state, message=message, ended=time.time())
+
+
+def machine() -> dict[str, Any]:
+    """What the run is on: processor, cores, memory, host, system."""
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "host": platform.node(),
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,434 @@
+"""From a config to a trained run, and from a run back to a model that can be used."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from horovod_lm import checkpoint, environment
+from horovod_lm.agreement import agree, explain, together
+from horovod_lm.backend import (
+    INTERRUPT,
+    STOP,
+    Backend,
+    Communicator,
+    Engine,
+    EngineSettings,
+    EngineState,
+    load_backend,
+)
+from horovod_lm.config import Config, load_config
+from horovod_lm.console import TrainingConsole
+from horovod_lm.data.batches import Batches, validation_batches
+from horovod_lm.data.prepare import Prepared, prepare
+from horovod_lm.decode import generate
+from horovod_lm.drift import compare_replicas
+from horovod_lm.errors import CollectiveFailed, HorovodLmError, Stopped, UserError
+from horovod_lm.hooks import (
+    Checkpoint,
+    Evaluation,
+    Metrics,
+    MetricsFile,
+    ReplicaCheck,
+    local_evaluation,
+    peak_memory,
+    perplexity,
+)
+from horovod_lm.loop import Hook, Run, train_steps
+from horovod_lm.loss_scale import LossScaler
+from horovod_lm.objectives import Objective
+from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.randomness import initial_weights
+from horovod_lm.run_folder import STATE, RunRecord, claim, default_folder
+from horovod_lm.schedule import learning_rate
+from horovod_lm.topology import place
+
+EVALUATION_ROWS = 16  # most rows of one forward in an evaluation
+SAMPLE_TOKENS = 32  # of the prompt, and of its continuation, in a finished run's sample
+
+
+def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = False) -> None:
+    """Train the run of `config` on this rank of the job that the launcher started.
+
+    `output` is the run's folder; None: `runs/NAME-TIME`. Raises `UserError`, `RunFailed` or
+    `Stopped`; in a job of several ranks on all of them alike, with `shown_by_me` on one.
+    """
+    if resume and output is None:
+        raise UserError("--resume needs the folder of the run: give --output")
+    if output is not None:
+        claim_check(output, resume)
+    threads = environment.apply(config)
+    prepared = prepare(config)
+    backend = load_backend(config.launch.backend, threads)
+    if dry_run:
+        return
+    communicator = backend.communicator()
+    try:
+        same_config(communicator, config, prepared)
+        _Training(config, prepared, backend, communicator, threads, output, resume).run()
+    except CollectiveFailed:
+        raise
+    except HorovodLmError as error:
+        if error.shown_by_me is None:
+            together(error, communicator)
+        raise
+    communicator.shutdown()
+
+
+def claim_check(output: Path, resume: bool) -> None:
+    """Refuse, before any work, a folder that `claim` would refuse."""
+    if (output / STATE).exists() and not resume:
+        claim(output, resume)
+
+
+def same_config(communicator: Communicator, config: Config, prepared: Prepared) -> None:
+    """Collective: raise `UserError`, naming the keys, unless all ranks have the same run."""
+    mine = {f"{s}.{k}": v for s, keys in config.identity.items() for k, v in keys.items()}
+    mine["launch.backend"] = config.launch.backend
+    mine["digest of the prepared data"] = prepared.manifest["digest"]
+    ranks = [json.loads(text) for text in communicator.allgather(json.dumps(mine).encode())]
+    for rank, other in enumerate(ranks):
+        keys = [key for key in ranks[0] if ranks[0][key] != other.get(key)]
+        if keys:
+            differences = ", ".join(f"{k}: {ranks[0][k]} and {other.get(k)}" for k in keys)
+            raise together(
+                UserError(
+                    f"ranks 0 and {rank} were started with different configs ({differences}); "
+                    f"start all ranks with the same file and flags"
+                ),
+                communicator,
+            )
+
+
+def make_engine(
+    config: Config, objective: Objective, backend: Backend, communicator: Communicator
+) -> Engine:
+    """The engine of a config, with zero weights."""
+    optimizer = config.optimizer
+    settings = EngineSettings(
+        precision=config.train.precision,
+        seed=config.train.seed,
+        loss_names=objective.loss_names,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        epsilon=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+    )
+    return backend.engine(config.model, settings, communicator)
+
+
+@dataclass
+class _Training:
+    """One call of `train`, once the ranks can talk to each other."""
+
+    config: Config
+    prepared: Prepared
+    backend: Backend
+    communicator: Communicator
+    threads: int
+    output: Path | None
+    resume: bool
+
+    def run(self) -> None:
+        config, communicator = self.config, self.communicator
+        self.objective = CausalLM()
+        self.folder = self._claim()
+        self.scaler = LossScaler(config.loss_scale, config.train.precision == "fp16")
+        self.engine = make_engine(config, self.objective, self.backend, communicator)
+        step = self._start()
+        run = Run(
+            config,
+            self.engine,
+            communicator,
+            self._batches(),
+            self.scaler,
+            partial(
+                learning_rate,
+                optimizer=config.optimizer,
+                schedule=config.schedule,
+                steps=config.train.steps,
+            ),
+            step=step,
+            updates=self.engine.state().updates,
+        )
+        state = self.engine.state()
+        compare_replicas(communicator, state, self.scaler.state(), step)
+        with ExitStack() as stack:
+            self._train(run, stack)
+
+    def _claim(self) -> Path:
+        """Rank 0 makes the folder; the others learn its name."""
+        trouble, folder = None, Path()
+        if self.communicator.rank == 0:
+            folder = (self.output or default_folder(self.config)).absolute()
+            try:
+                claim(folder, self.resume)
+            except Exception as error:
+                trouble = error
+        agree(self.communicator, trouble)
+        return Path(self.communicator.broadcast(str(folder).encode()).decode())
+
+    def _start(self) -> int:
+        """Give the engine and the scaler their state; returns the step to go on from."""
+        folder = self.folder / "checkpoints"
+        found = None
+        if self.resume and self.communicator.rank == 0:
+            found = checkpoint.newest(folder, log=print)
+        name = self.communicator.broadcast(found.name.encode() if found else b"").decode()
+        trouble, step = None, 0
+        try:
+            if name:
+                step = self._load(folder / name)
+            else:
+                self._say("no checkpoint to resume from; starting at step 0" * self.resume)
+                weights = initial_weights(self.config.model, self.config.train.seed)
+                self.engine.load_state(EngineState(weights))
+        except Exception as error:
+            trouble = error
+        agree(self.communicator, trouble)
+        return step
+
+    def _load(self, path: Path) -> int:
+        checkpoint.check_model(path, self.config.model)
+        checkpoint.check_same_run(path, self.config, self.prepared.manifest["digest"])
+        state = checkpoint.load(path)
+        self.engine.load_state(state.engine)
+        self.scaler.load_state(state.scaler)
+        self._say(f"resuming from {path.name}")
+        return state.step
+
+    def _batches(self) -> Batches:
+        config, communicator = self.config, self.communicator
+        if config.train.global_batch_size < communicator.size:
+            self._say(
+                f"warning: train.global_batch_size = {config.train.global_batch_size} is smaller "
+                f"than the {communicator.size} ranks; some have no work"
+            )
+        return Batches(
+            self.prepared.train,
+            self.objective,
+            context=config.model.context,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            seed=config.train.seed,
+            rank=communicator.rank,
+            ranks=communicator.size,
+        )
+
+    def _train(self, run: Run, stack: ExitStack) -> None:
+        config = self.config
+        sinks: list[Any] = []
+        record = None
+        trouble = None
+        if self.communicator.rank == 0:
+            try:
+                record = self._record()
+                sinks = self._sinks(run, stack)
+            except Exception as error:
+                trouble = error
+        agree(self.communicator, trouble)
+        metrics = Metrics(sinks)
+        evaluation = Evaluation(
+            config.evaluation.every,
+            partial(rank_validation, config, self.prepared, self.objective, self.communicator),
+            sinks,
+        )
+        extra = {"data_digest": self.prepared.manifest["digest"]}
+        saving = Checkpoint(
+            config.checkpoint.every, self.folder / "checkpoints", extra, start=run.step
+        )
+        hooks: list[Hook] = [metrics, ReplicaCheck(config.train.check_every), evaluation, saving]
+        if self.communicator.rank:
+            hooks[0] = Metrics([])
+        try:
+            with listening(run):
+                train_steps(run, hooks)
+                memory = self._memory()
+                if run.stopped:
+                    raise self._stopped(run, saving)
+                sample = self._sample()
+        except Exception as error:
+            if record:
+                shown = explain(error)
+                state = "stopped" if isinstance(error, Stopped) else "failed"
+                record.update(**progress(run, metrics, evaluation, saving))
+                record.end(state, str(shown))
+            raise error if isinstance(error, HorovodLmError) else explain(error) from error
+        if record:
+            record.update(
+                **progress(run, metrics, evaluation, saving), memory_mib=memory, sample=sample
+            )
+            record.end("finished")
+            self._say(f"finished: {self.folder}")
+
+    def _record(self) -> RunRecord:
+        where = place()
+        return RunRecord(
+            self.folder,
+            self.config,
+            backend=self.backend.name,
+            ranks=self.communicator.size,
+            threads=self.threads,
+            launcher=where.launcher,
+            controller=where.controller,
+            versions=self.backend.versions(),
+            unigram_entropy=self.prepared.unigram_entropy,
+            parameters=self.config.model.size,
+        )
+
+    def _sinks(self, run: Run, stack: ExitStack) -> list[Any]:
+        output = self.config.output
+        file = MetricsFile(self.folder / "metrics.jsonl", run.step)
+        stack.callback(file.close)
+        sinks: list[Any] = [file.write]
+        if output.tensorboard:
+            from horovod_lm.tensorboard_log import TensorBoardLog
+
+            board = TensorBoardLog(self.folder / "tensorboard")
+            stack.callback(board.close)
+            sinks.append(board)
+        console = TrainingConsole(self.config.train.steps, run.step, output.log_every)
+        sinks.append(stack.enter_context(console))
+        return sinks
+
+    def _memory(self) -> dict[str, float]:
+        peaks = [float(p) for p in self.communicator.allgather(repr(peak_memory()).encode())]
+        return {"largest": round(max(peaks), 1), "sum": round(sum(peaks), 1)}
+
+    def _stopped(self, run: Run, saving: Checkpoint) -> Stopped:
+        code = 130 if run.stopped & INTERRUPT else 75
+        return Stopped(
+            f"stopped by a signal after step {run.step}; the checkpoint is in {self.folder}; "
+            f"go on with --resume --output {self.folder}",
+            code,
+        )
+
+    def _sample(self) -> dict[str, str] | None:
+        """Rank 0 lets the model go on from the beginning of the validation text."""
+        context, tokenizer = self.config.model.context, self.prepared.tokenizer
+        count = min(SAMPLE_TOKENS, context // 2, len(self.prepared.validation) // 2)
+        if self.communicator.rank or count < 1:
+            return None
+        text = self.prepared.validation.read(0, 2 * count)
+        out = generate(self.engine, text[None, :count], count, context=context, end=tokenizer.end)
+        return {
+            "prompt": tokenizer.decode(text[:count]),
+            "truth": tokenizer.decode(text[count:]),
+            "continuation": tokenizer.decode(out[0]),
+        }
+
+    def _say(self, text: str) -> None:
+        if text and self.communicator.rank == 0:
+            print(text, flush=True)
+
+
+def progress(
+    run: Run, metrics: Metrics, evaluation: Evaluation, saving: Checkpoint
+) -> dict[str, Any]:
+    """What `run.json` says of how far a run came."""
+    return {
+        "steps": run.step,
+        "updates": run.updates,
+        "first_step_seconds": metrics.first_step_seconds,
+        "loss": metrics.loss,
+        "validation_loss": evaluation.loss,
+        "checkpoint": saving.path.name if saving.path else None,
+    }
+
+
+@contextmanager
+def listening(run: Run) -> Iterator[None]:
+    """SIGTERM (and Slurm's SIGUSR1) and Ctrl-C ask all ranks to stop after the step they are in; a
+    second Ctrl-C ends this process at once."""
+
+    def stop(number: int, frame: object) -> None:
+        run.signal |= STOP
+
+    def interrupt(number: int, frame: object) -> None:
+        if run.signal & INTERRUPT:
+            raise KeyboardInterrupt
+        run.signal |= INTERRUPT
+
+    handlers = {signal.SIGTERM: stop, signal.SIGUSR1: stop, signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rank_validation(
+    config: Config, prepared: Prepared, objective: Objective, communicator: Communicator
+) -> Iterator[Any]:
+    """This rank's share of the validation windows."""
+    return validation_batches(
+        prepared.validation,
+        objective,
+        context=config.model.context,
+        rows=min(EVALUATION_ROWS, -(-config.train.global_batch_size // communicator.size)),
+        windows=config.evaluation.windows,
+        rank=communicator.rank,
+        ranks=communicator.size,
+    )
+
+
+@dataclass
+class Restored:
+    """A run's model, ready to be used."""
+
+    config: Config
+    prepared: Prepared
+    engine: Engine
+    communicator: Communicator
+    step: int
+
+
+def restore(run: Path, backend: str | None, threads: int | None) -> Restored:
+    """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
+    trained with). Raises `UserError` if there is none."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
+    overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
+    config = load_config(run / "config.toml", overrides)
+    path = checkpoint.newest(run / "checkpoints", log=print)
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
+    checkpoint.check_model(path, config.model)
+    threads = threads or environment.apply(config)
+    prepared = prepare(config)
+    loaded = load_backend(config.launch.backend, threads)
+    communicator = loaded.communicator()
+    state = checkpoint.load(path)
+    engine = make_engine(config, CausalLM(), loaded, communicator)
+    engine.load_state(EngineState(state.engine.weights))
+    return Restored(config, prepared, engine, communicator, state.step)
+
+
+def evaluate(restored: Restored) -> dict[str, Any]:
+    """Collective: validation loss in nats per target token, perplexity, tokens, step."""
+    communicator = restored.communicator
+    batches = rank_validation(restored.config, restored.prepared, CausalLM(), communicator)
+    trouble, local = None, np.zeros(2)
+    try:
+        local = local_evaluation(restored.engine, batches)
+    except Exception as error:
+        trouble = error
+    agree(communicator, trouble)
+    total, count = communicator.allreduce(local)
+    loss = float(total / count)
+    return {
+        "step": restored.step,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "tokens": int(count),
+        "unigram_entropy": restored.prepared.unigram_entropy,
+    }
