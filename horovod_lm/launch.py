@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from horovod_lm.errors import UserError
+from horovod_lm.topology import usable_cores
 
 if TYPE_CHECKING:
     from horovod_lm.config import Config
@@ -53,16 +54,10 @@ def launch_command(
         for name in names:
             command += ["-x", name]
     elif launch.launcher == "horovodrun":
-        where = ["-H", launch.hosts or f"localhost:{ranks}"]
-        command = [
-            program,
-            "-np",
-            ranks,
-            f"--{launch.controller}",
-            "--start-timeout",
-            "600",
-            *where,
-        ]
+        command = [program, "-np", ranks, f"--{launch.controller}", "--start-timeout", "600"]
+        command += ["-H", launch.hosts or f"localhost:{ranks}"]
+        if launch.controller == "mpi":
+            command += ["--binding-args=--bind-to none --map-by slot:OVERSUBSCRIBE"]
     else:
         hosts = [entry.partition(":")[0] for entry in (launch.hosts or "").split(",") if entry]
         where = ["--nodelist", ",".join(hosts)] if hosts else []
@@ -88,8 +83,9 @@ def find_launcher(name: str) -> str:
 
 
 def launch_environment(settings: Mapping[str, str], marker: str) -> dict[str, str]:
-    """The environment of a launcher: this process's, `settings`, and the job's marker."""
-    environment = {**os.environ, **settings, MARKER: marker}
+    """The environment of a launcher: `settings`, over which the user's own variables win, and the
+    job's marker."""
+    environment = {**settings, **os.environ, MARKER: marker}
     # horovodrun looks for mpirun on the path.
     beside = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([beside, environment.get("PATH", os.defpath)])
@@ -97,13 +93,6 @@ def launch_environment(settings: Mapping[str, str], marker: str) -> dict[str, st
         environment["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
         environment["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     return environment
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cores_warning(config: Config) -> str | None:

@@ -1,0 +1,100 @@
+"""Reading a run's folder: `run.json` and `metrics.jsonl`, also while the run writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 10  # steps at the beginning that no speed counts
+PARTS = ("data", "forward_backward", "reduce", "update", "other")
+Row = dict[str, Any]
+
+
+class Follower:
+    """Reads the rows of a growing `metrics.jsonl`; a line that is not whole yet waits."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self.steps: list[Row] = []
+        self.evaluations: list[Row] = []
+
+    def poll(self) -> list[Row]:
+        """The rows that are new since the last call, also appended to `steps` or `evaluations`."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                block = file.read()
+        except FileNotFoundError:
+            return []
+        whole = block[: block.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
+        for row in rows:
+            (self.steps if row["kind"] == "step" else self.evaluations).append(row)
+        return rows
+
+    @property
+    def step(self) -> int:
+        """Number of the last step that is finished; 0 before the first."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+
+@dataclass
+class Run:
+    """A run as its folder tells it."""
+
+    backend: str
+    record: Row
+    steps: list[Row]
+    evaluations: list[Row] = field(default_factory=list)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss by step, in nats per target token; steps whose loss is not finite are left out."""
+        return {row["step"]: row["loss"] for row in self.steps if row["loss"] is not None}
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    follower = Follower(folder / "metrics.jsonl")
+    follower.poll()
+    return Run(record["backend"], record, follower.steps, follower.evaluations)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A time in which `backend` alone was awake: Unix times, and the round it belongs to."""
+
+    round: int
+    backend: str
+    begin: float
+    end: float
+
+
+def whole_steps(run: Run, slice_: Slice) -> list[Row]:
+    """Step rows that lie wholly in a slice, without the first: a step that a pause cut ends in no
+    slice, and the one after it still finds the caches cold."""
+    inside = [
+        row
+        for row in run.steps
+        if row["time"] - row["seconds"] >= slice_.begin and row["time"] <= slice_.end
+    ]
+    return [row for row in inside[1:] if row["step"] > WARM_UP]
+
+
+def tokens_per_second(rows: list[Row]) -> float | None:
+    """Sum of target tokens over sum of seconds; synchronised steps (with parts) are left out."""
+    counted = [row for row in rows if row["parts"] is None]
+    seconds = sum(row["seconds"] for row in counted)
+    return sum(row["tokens"] for row in counted) / seconds if seconds else None
+
+
+def mean_parts(rows: list[Row]) -> dict[str, float] | None:
+    """Mean time of a step by part, in ms; its sum is the mean synchronised step."""
+    parts = [row["parts"] for row in rows if row["parts"] is not None]
+    if not parts:
+        return None
+    return {name: sum(p[name] for p in parts) / len(parts) for name in PARTS}
