@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,7 +18,8 @@ from horovod_lm.spec import ModelSpec
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Strict: TOML has types, so "200" or true is no number of steps.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Data(_Section):
@@ -26,6 +28,7 @@ class Data(_Section):
     text: tuple[str, ...] = Field(
         ("corpus:wikipedia-introductions",),
         min_length=1,
+        strict=False,  # a list will do for a tuple
         description="files, folders, globs (relative to the config file), or corpus:NAME",
     )
     documents: Literal["paragraph", "line", "file"] = Field(
@@ -148,7 +151,11 @@ class Launch(_Section):
 class Config(_Section):
     """A whole run. `model.vocabulary` follows `data.vocabulary`, so it is not set apart."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", max_length=80, description="of the run")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9._-]{1,80}$",
+        description="of 1 to 80 letters, digits, dots, hyphens and underscores",
+    )
     model: ModelSpec = ModelSpec()
     data: Data = Data()
     train: Train = Train()
@@ -169,6 +176,8 @@ class Config(_Section):
         if not isinstance(model, Mapping):
             return values
         wanted = values.get("data", {}).get("vocabulary", 8192)
+        if not isinstance(wanted, int):
+            return values
         if model.get("vocabulary", wanted) != wanted:
             raise ValueError(
                 f"model.vocabulary = {model['vocabulary']} differs from data.vocabulary = "
@@ -240,7 +249,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
-    values.setdefault("name", path.stem)
+    values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:80])
     for override in overrides:
         _override(values, override)
     return make_config(values, str(path), base=path.resolve().parent)
@@ -297,10 +306,41 @@ def _explain(error: ValidationError, where: str) -> list[str]:
         elif fault["type"] == "value_error":
             text = f"{key}: {context['error']}" if key else str(context["error"])
         else:
-            message = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            text = f"{key} = {given!r} is not allowed; it must be {message}"
+            field, allowed = _allowed(fault["loc"])
+            name = "it" if field == key else field
+            text = f"{key} = {given!r} is not allowed; {name} must be {allowed}"
         lines.append(f"{where}: {text}")
     return lines
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
+    """The key of the field at `location` and, in words, the values that it may have."""
+    model: type[BaseModel] = Config
+    path = []
+    for part in location:
+        path.append(str(part))
+        info = model.model_fields[str(part)]
+        kind: Any = info.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            break
+        model = kind
+    else:
+        return ".".join(path), "a section of keys"
+    if get_origin(kind) is Literal:
+        return ".".join(path), " or ".join(f'"{value}"' for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        return ".".join(path), "a list of one or more strings"
+    plain = next(k for k in (get_args(kind) or (kind,)) if k is not type(None))
+    words = [_KINDS[plain]]
+    for rule in info.metadata:
+        words += [f"{w} {getattr(rule, b)}" for b, w in _BOUNDS.items() if hasattr(rule, b)]
+    if plain is str and info.metadata:
+        words.append(info.description or "")
+    return ".".join(path), ", ".join(words)
 
 
 def to_toml(config: Config) -> str:
@@ -321,5 +361,5 @@ def to_toml(config: Config) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    # JSON writes strings, numbers and booleans as TOML reads them.
-    return json.dumps(value, ensure_ascii=False)
+    # JSON writes strings, numbers and booleans as TOML reads them, but for this one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

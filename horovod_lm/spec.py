@@ -49,7 +49,7 @@ class ModelSpec(BaseModel):
     `pydantic.ValidationError` for values out of range, which `horovod_lm.config` words anew.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: Kind = Field("decoder", description="which stacks the model has")
     vocabulary: int = Field(8192, ge=2, le=2**20, description="number of token ids")
