@@ -1,0 +1,62 @@
+"""TensorFlow as a backend of horovod_lm: the object behind the entry point `tensorflow`."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+
+# Read by the imports below: Keras must run on TensorFlow, whatever a user's keras.json says, and
+# TensorFlow's notes about its build are of no use to a reader of training logs.
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import tensorflow as tf
+
+from horovod_lm.backend import EngineSettings
+from horovod_lm.errors import UserError
+from horovod_lm.spec import ModelSpec
+from tf_backend.communicator import Communicator
+from tf_backend.engine import Engine
+
+
+class Backend:
+    """See `horovod_lm.backend.Backend`. Kinds of model: decoder."""
+
+    name = "tensorflow"
+
+    def __init__(self, threads: int) -> None:
+        tf.get_logger().setLevel("ERROR")  # it counts the tracings of all engines together
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        # One operation at a time: it has all threads, and the order of work never changes.
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what it runs on."""
+        return {
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "horovod": version("horovod"),
+        }
+
+    def communicator(self) -> Communicator:
+        """Start Horovod."""
+        communicator = Communicator()
+        # Before the first operation, which would take every GPU of the machine.
+        gpus = tf.config.list_physical_devices("GPU")
+        if gpus:
+            tf.config.set_visible_devices(gpus[communicator.local_rank], "GPU")
+        return communicator
+
+    def engine(
+        self, spec: ModelSpec, settings: EngineSettings, communicator: Communicator
+    ) -> Engine:
+        """A model with zero weights."""
+        if spec.kind != "decoder":
+            raise UserError(
+                f'model.kind = "{spec.kind}" is not realised by backend tensorflow; '
+                "allowed: decoder"
+            )
+        # The one place that chooses a device, of those that `communicator` left visible.
+        device = "/GPU:0" if tf.config.get_visible_devices("GPU") else "/CPU:0"
+        return Engine(spec, settings, communicator, device)

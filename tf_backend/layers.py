@@ -1,0 +1,359 @@
+"""The layers of the Transformer. Shape letters: B batch, L queries, M keys, D width, H heads,
+K head width, F feed-forward width, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from horovod_lm.randomness import MULTIPLIER, threshold
+from horovod_lm.spec import ModelSpec, sinusoidal_positions
+from tf_backend.precision import HALF_TYPES, cast, linear, product
+
+ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
+
+
+@tf.custom_gradient
+def _gelu(x):
+    """x P(X < x) for a standard normal X, by the error function. TensorFlow's own gradient keeps
+    and passes over twice as many tensors."""
+    cumulative = 0.5 + 0.5 * tf.math.erf(x * math.sqrt(0.5))
+
+    def backward(gradient):
+        density = tf.exp(-0.5 * tf.square(x)) * (1 / math.sqrt(2 * math.pi))
+        return gradient * (cumulative + x * density)
+
+    return x * cumulative, backward
+
+
+ACTIVATIONS = {
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
+    "relu": tf.nn.relu,
+}
+
+
+class Words(NamedTuple):
+    """`horovod_lm.randomness.DropoutWords` as tensors."""
+
+    residual_rows: tf.Tensor | None
+    residual_columns: tf.Tensor | None
+    attention_rows: tf.Tensor | None
+    attention_columns: tf.Tensor | None
+
+
+def keep_mask(rows: tf.Tensor, columns: tf.Tensor, rate: float) -> tf.Tensor:
+    """The shared dropout mask: bool of shape rows.shape + columns.shape."""
+    mixed = tf.bitwise.bitwise_xor(rows[..., None], columns) * MULTIPLIER
+    return mixed >= threshold(rate)
+
+
+def _times_keep(x: tf.Tensor, keep: tf.Tensor, rate: float) -> tf.Tensor:
+    return x * (tf.cast(keep, tf.float32) * (1 / (1 - rate)))
+
+
+def dropout(x: tf.Tensor, words: Words | None, site: int, rate: float) -> tf.Tensor:
+    """Dropout on the residual stream, (B, L, D), at one site; the identity without words."""
+    if words is None or not rate:
+        return x
+    keep = keep_mask(words.residual_rows[site], words.residual_columns[site], rate)
+    return _times_keep(x, keep, rate)
+
+
+def _causal_attention(query, key, value, rows, columns, rate):
+    """Causal attention of `ROW_BLOCK` query rows at a time, so that keys after a block are never
+    touched, with probabilities kept for the backward. All (B H, L, K), L known when traced.
+
+    With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
+    dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
+    """
+    length, width = query.shape[1:]
+    blocks = [(start, min(start + ROW_BLOCK, length)) for start in range(0, length, ROW_BLOCK)]
+    later = np.triu(np.full((length, length), -np.inf, np.float32), 1)
+
+    @tf.custom_gradient
+    def attend(query, key, value):
+        query = query * (1 / math.sqrt(width))  # here and not on the scores, which are larger
+        outputs, saved = [], []
+        for start, end in blocks:
+            scores = tf.matmul(query[:, start:end], key[:, :end], transpose_b=True)
+            probabilities = tf.nn.softmax(scores + later[start:end, :end])
+            dropped, keep = probabilities, None
+            if rows is not None:
+                keep = keep_mask(rows[:, start:end], columns[:end], rate)
+                dropped = _times_keep(probabilities, keep, rate)
+            outputs.append(tf.matmul(dropped, value[:, :end]))
+            saved.append((probabilities, dropped, keep))
+        output = tf.concat(outputs, 1)
+
+        def backward(gradient):
+            inner_sum = tf.reduce_sum(gradient * output, -1, keepdims=True)
+            d_query, d_key, d_value = [], [], []
+            for (start, end), (probabilities, dropped, keep) in zip(blocks, saved, strict=True):
+                part, rest = gradient[:, start:end], [[0, 0], [0, length - end], [0, 0]]
+                d_scores = tf.matmul(part, value[:, :end], transpose_b=True)
+                if keep is not None:
+                    d_scores = _times_keep(d_scores, keep, rate)
+                d_scores = (d_scores - inner_sum[:, start:end]) * probabilities
+                d_query.append(tf.matmul(d_scores, key[:, :end]))
+                d_key.append(tf.matmul(d_scores, query[:, start:end], transpose_a=True))
+                d_value.append(tf.matmul(dropped, part, transpose_a=True))
+                d_key[-1], d_value[-1] = tf.pad(d_key[-1], rest), tf.pad(d_value[-1], rest)
+            d_query = tf.concat(d_query, 1) * (1 / math.sqrt(width))
+            return d_query, tf.add_n(d_key), tf.add_n(d_value)
+
+        return output, backward
+
+    return attend(query, key, value)
+
+
+def attention(
+    query_BHLK: tf.Tensor,
+    key_BHMK: tf.Tensor,
+    value_BHMK: tf.Tensor,
+    words: Words | None,
+    site: int,
+    rate: float,
+    half: tf.DType | None,
+) -> tf.Tensor:
+    """softmax(q k^T / sqrt(K)) v, causal: query i sees the keys up to M - L + i. (B, H, L, K).
+
+    Without words it is the fast form; with them the probabilities are dropped by the shared mask
+    of layer `site`.
+    """
+    _, heads, length, width = query_BHLK.shape
+    dropping = words is not None and rate > 0
+    rows = words.attention_rows[site] if dropping else None
+    columns = words.attention_columns[site] if dropping else None
+    if half is None and length is not None and length == key_BHMK.shape[2]:
+        flat = [tf.reshape(x, [-1, length, width]) for x in (query_BHLK, key_BHMK, value_BHMK)]
+        if dropping:
+            rows = tf.reshape(rows, [-1, length])
+        output = _causal_attention(*flat, rows, columns, rate)
+        return tf.reshape(output, [-1, heads, length, width])
+    keys_BHKM = tf.transpose(key_BHMK, [0, 1, 3, 2])
+    scores_BHLM = tf.cast(product(query_BHLK, keys_BHKM, half), tf.float32) / math.sqrt(width)
+    length, keys = tf.shape(scores_BHLM)[2], tf.shape(scores_BHLM)[3]
+    later = tf.range(keys) > tf.range(length)[:, None] + (keys - length)
+    probabilities = tf.nn.softmax(tf.where(later, -math.inf, scores_BHLM))
+    if dropping:
+        probabilities = _times_keep(probabilities, keep_mask(rows, columns, rate), rate)
+    return product(probabilities, value_BHMK, half)
+
+
+@tf.custom_gradient
+def _lookup(table, indices):
+    def backward(gradient):
+        rows = tf.reshape(gradient, [-1, table.shape[1]])
+        d_table = tf.math.unsorted_segment_sum(rows, tf.reshape(indices, [-1]), table.shape[0])
+        return d_table, None
+
+    return tf.gather(table, indices), backward
+
+
+class Embeddings(keras.layers.Layer):
+    """Token embeddings plus positions, then (post-norm only) a norm, then dropout: (B, L) int
+    to (B, L, D)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(name="embeddings", autocast=False)
+        self.spec = spec
+        self.norm = LayerNorm(spec, "norm") if spec.norm_placement == "post" else None
+
+    def build(self, input_shape=None) -> None:
+        spec = self.spec
+        shape = (spec.vocabulary, spec.width)
+        self.tokens = self.add_weight(shape=shape, initializer="zeros", name="tokens")
+        if spec.positions == "learned":
+            shape = (spec.context, spec.width)
+            self.positions = self.add_weight(shape=shape, initializer="zeros", name="positions")
+        else:
+            self.positions = sinusoidal_positions(spec)
+        if self.norm is not None:
+            self.norm.build()
+
+    def call(
+        self, tokens_BL: tf.Tensor, words: Words | None, start: tf.Tensor | int = 0
+    ) -> tf.Tensor:
+        """`start` is the position of the first token."""
+        x = _lookup(tf.convert_to_tensor(self.tokens), tokens_BL)
+        if self.spec.embedding_scale != 1:
+            x = x * self.spec.embedding_scale
+        positions = tf.convert_to_tensor(self.positions)
+        x = x + positions[start : start + tf.shape(tokens_BL)[1]]
+        if self.norm is not None:
+            x = self.norm(x)
+        return dropout(x, words, 0, self.spec.dropout)
+
+
+@tf.custom_gradient
+def _normalise(x, epsilon):
+    """(x - mean) r with r = 1 / sqrt(variance + epsilon) over the last axis; its gradient
+    r (g - mean(g) - y mean(g y)) in one go, where TensorFlow's own would take a dozen passes."""
+    centred = x - tf.reduce_mean(x, -1, keepdims=True)
+    variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
+    inverse = tf.math.rsqrt(variance + epsilon)
+    y = centred * inverse
+
+    def backward(gradient):
+        along = tf.reduce_mean(gradient * y, -1, keepdims=True)
+        mean = tf.reduce_mean(gradient, -1, keepdims=True)
+        return inverse * (gradient - mean - y * along), None
+
+    return y, backward
+
+
+class LayerNorm(keras.layers.Layer):
+    """Layer normalisation over the width (Ba et al., 2016), always in fp32."""
+
+    def __init__(self, spec: ModelSpec, name: str) -> None:
+        super().__init__(name=name, autocast=False)
+        self.spec = spec
+
+    def build(self, input_shape=None) -> None:
+        shape = (self.spec.width,)
+        self.scale = self.add_weight(shape=shape, initializer="zeros", name="scale")
+        self.bias = None
+        if self.spec.bias:
+            self.bias = self.add_weight(shape=shape, initializer="zeros", name="bias")
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """(…, D) to (…, D)."""
+        y = _normalise(x, self.spec.norm_epsilon) * self.scale
+        return y if self.bias is None else tf.nn.bias_add(y, self.bias)
+
+
+class Linear(keras.layers.Layer):
+    """`x @ kernel + bias`, kernel (inputs, outputs)."""
+
+    def __init__(
+        self, spec: ModelSpec, inputs: int, outputs: int, precision: str, name: str
+    ) -> None:
+        super().__init__(name=name, autocast=False)
+        self.spec, self.half = spec, HALF_TYPES[precision]
+        self.inputs_outputs = inputs, outputs
+
+    def build(self, input_shape=None) -> None:
+        inputs, outputs = self.inputs_outputs
+        self.kernel = self.add_weight(shape=(inputs, outputs), initializer="zeros", name="kernel")
+        self.bias = None
+        if self.spec.bias:
+            self.bias = self.add_weight(shape=(outputs,), initializer="zeros", name="bias")
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """(…, inputs) to (…, outputs), in the type of products."""
+        return linear(x, self.kernel, self.bias, self.half)
+
+
+class Attention(keras.layers.Layer):
+    """Causal multi-head self-attention (Vaswani et al., 2017) with one fused product for query,
+    key and value. A key's bias exists only where the spec asks for it: softmax cancels it."""
+
+    def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
+        super().__init__(name="attention", autocast=False)
+        self.spec, self.half, self.site = spec, HALF_TYPES[precision], site
+        self.output_linear = Linear(spec, spec.width, spec.width, precision, "output")
+
+    def build(self, input_shape=None) -> None:
+        width = self.spec.width
+        self.qkv_kernel = self.add_weight(
+            shape=(width, 3 * width), initializer="zeros", name="qkv_kernel"
+        )
+        wanted = {"query": self.spec.bias, "key": self.spec.key_bias, "value": self.spec.bias}
+        self.qkv_biases = [
+            self.add_weight(shape=(width,), initializer="zeros", name=f"{name}_bias")
+            if here
+            else tf.zeros(width)
+            for name, here in wanted.items()
+        ]
+        self.output_linear.build()
+
+    def call(
+        self,
+        x: tf.Tensor,
+        words: Words | None,
+        cache: tf.Variable | None = None,
+        start: tf.Tensor | int = 0,
+    ) -> tf.Tensor:
+        """(B, L, D) to (B, L, D). `cache` (2, B, H, context, K) holds keys and values of the
+        positions before `start`, and receives those of `x`."""
+        batch, length, width = (*tf.unstack(tf.shape(x)[:2]), self.spec.width)
+        length = x.shape[1] or length
+        bias = tf.concat(self.qkv_biases, 0)
+        qkv = linear(x, self.qkv_kernel, bias, self.half)
+        qkv = tf.reshape(qkv, [batch, length, 3, self.spec.heads, self.spec.head_width])
+        query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
+        if cache is not None:
+            new = tf.cast(tf.stack([key, value]), tf.float32)
+            cache[:, :, :, start : start + length].assign(new)
+            key, value = tf.unstack(cast(cache[:, :, :, : start + length], self.half))
+        rate = self.spec.attention_dropout
+        mixed = attention(query, key, value, words, self.site, rate, self.half)
+        mixed = tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [batch, length, width])
+        return self.output_linear(mixed)
+
+
+class FeedForward(keras.layers.Layer):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, spec: ModelSpec, precision: str) -> None:
+        super().__init__(name="feed_forward", autocast=False)
+        self.up = Linear(spec, spec.width, spec.inner_width, precision, "up")
+        self.down = Linear(spec, spec.inner_width, spec.width, precision, "down")
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def build(self, input_shape=None) -> None:
+        self.up.build()
+        self.down.build()
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """(B, L, D) to (B, L, D)."""
+        x = self.up(x)
+        # The activation of a half is computed in fp32 and rounded once, as torch does it.
+        return self.down(tf.cast(self.activation(tf.cast(x, tf.float32)), x.dtype))
+
+
+class Block(keras.layers.Layer):
+    """Attention and feed-forward, each on a residual branch with dropout; the norm stands before
+    the branch ("pre") or after the sum ("post")."""
+
+    def __init__(self, spec: ModelSpec, precision: str, index: int) -> None:
+        super().__init__(name=f"decoder.{index}", autocast=False)
+        self.spec, self.index = spec, index
+        self.attention_norm = LayerNorm(spec, "attention_norm")
+        self.attention = Attention(spec, precision, index)
+        self.feed_forward_norm = LayerNorm(spec, "feed_forward_norm")
+        self.feed_forward = FeedForward(spec, precision)
+
+    def build(self, input_shape=None) -> None:
+        for layer in (
+            self.attention_norm,
+            self.attention,
+            self.feed_forward_norm,
+            self.feed_forward,
+        ):
+            layer.build()
+
+    def call(
+        self,
+        x: tf.Tensor,
+        words: Words | None,
+        cache: tf.Variable | None = None,
+        start: tf.Tensor | int = 0,
+    ) -> tf.Tensor:
+        """(B, L, D) fp32 to (B, L, D) fp32; see `Attention` for `cache` and `start`."""
+        rate, site = self.spec.dropout, 1 + 2 * self.index
+        if self.spec.norm_placement == "pre":
+            branch = self.attention(self.attention_norm(x), words, cache, start=start)
+            x = x + dropout(tf.cast(branch, tf.float32), words, site, rate)
+            branch = self.feed_forward(self.feed_forward_norm(x))
+            return x + dropout(tf.cast(branch, tf.float32), words, site + 1, rate)
+        branch = self.attention(x, words, cache, start=start)
+        x = self.attention_norm(x + dropout(tf.cast(branch, tf.float32), words, site, rate))
+        branch = self.feed_forward(x)
+        x = x + dropout(tf.cast(branch, tf.float32), words, site + 1, rate)
+        return self.feed_forward_norm(x)
