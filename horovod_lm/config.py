@@ -269,7 +269,7 @@ def make_config(values: Mapping[str, Any], where: str, base: Path | None = None)
 
 def _override(values: dict[str, Any], override: str) -> None:
     """Apply one `a.b=value`; the value is read as TOML, or taken as a string if it isn't any."""
-    key, equals, raw = override.partition("=")
+    key, equals, raw = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise UserError(f'--set "{override}" is not of the form section.key=value')
     try:
@@ -287,11 +287,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if not near:  # the right key in the wrong section
-        tail = key.rpartition(".")[2]
-        near = [k for k in known if k.rpartition(".")[2] == tail][:1]
+def _unknown(key: str, known: list[str]) -> str:
+    tail = key.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == tail][:1]  # in another section
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"there is no key {key}" + (f"; did you mean {near[0]}?" if near else "")
 
 

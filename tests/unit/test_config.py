@@ -1,0 +1,252 @@
+"""A config is read whole or refused with one plain message."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from horovod_lm.config import Config, known_keys, load_config, make_config, to_toml
+from horovod_lm.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+
+def write(folder: Path, text: str, name: str = "my.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+def test_every_config_of_the_project_is_valid(path):
+    assert load_config(path).name == path.stem
+
+
+def test_defaults_and_sections(tmp_path):
+    config = load_config(write(tmp_path, "[train]\nsteps = 7\n[data]\nvocabulary = 999\n"))
+    assert config.name == "my"
+    assert config.train.steps == 7
+    assert config.model.vocabulary == config.data.vocabulary == 999
+    assert config.optimizer == Config().optimizer
+
+
+def test_a_whole_number_will_do_for_a_real_one(tmp_path):
+    config = load_config(write(tmp_path, "[optimizer]\nlearning_rate = 1"))
+    assert config.digest == load_config(write(tmp_path, "optimizer.learning_rate = 1.0")).digest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nstep = 3", "there is no key train.step; did you mean train.steps?"),
+        ("[trian]\nsteps = 3", "there is no key trian; did you mean train?"),
+        ("[model]\nprecision = 'fp32'", "no key model.precision; did you mean train.precision?"),
+        ("[train]\nqqqqqq = 3", "there is no key train.qqqqqq"),
+        (
+            "[train]\nsteps = 'many'",
+            "train.steps = 'many' is not allowed; it must be a whole number, at least 1, at most",
+        ),
+        ("[train]\nsteps = '200'", "train.steps = '200' is not allowed"),
+        ("[train]\nsteps = true", "train.steps = True is not allowed"),
+        ("[train]\nsteps = 2.5", "train.steps = 2.5 is not allowed"),
+        ("[model]\ntied = 'yes'", "model.tied = 'yes' is not allowed; it must be true or false"),
+        ("[model]\ndropout = nan", "model.dropout = nan is not allowed; it must be a number, at"),
+        (
+            "[train]\nmax_norm = -1",
+            "train.max_norm = -1 is not allowed; it must be a number, above",
+        ),
+        (
+            "[train]\nprecision = 'fp8'",
+            """train.precision = 'fp8' is not allowed; it must be "fp32" or "bf16" or "fp16\"""",
+        ),
+        ("[data]\ntext = 'a.txt'", "data.text = 'a.txt' is not allowed; it must be a list of one"),
+        ("[data]\ntext = []", "data.text = [] is not allowed; it must be a list of one or more"),
+        ("[data]\ntext = [1]", "data.text.0 = 1 is not allowed; data.text must be a list of one"),
+        ("train = 3", "train = 3 is not allowed; it must be a section of keys"),
+        ("name = 'a/b'", "name = 'a/b' is not allowed; it must be a string, of 1 to 80 letters"),
+        ("[model]\nvocabulary = 300", "model.vocabulary = 300 differs from data.vocabulary = 8192"),
+        ("[model]\nwidth = 30\nheads = 4", "does not divide width = 30; use heads = 2 or 3 or 5"),
+        ("[loss_scale]\ninitial = 0.5", "minimum = 1, initial = 0.5 and maximum = 1.67772e+07"),
+        ("steps", "is not valid TOML: "),
+        ("[train]\nsteps = 3\nsteps = 4", "is not valid TOML: "),
+    ],
+)
+def test_a_bad_file_is_refused_with_one_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_every_fault_is_named(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, "[train]\nsteps = 0\nseed = -1\n[model]\nwidht = 3"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for key in ("train.steps", "train.seed", "model.widht"):
+        assert any(key in line for line in lines)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"no\.toml does not exist"):
+        load_config(tmp_path / "no.toml")
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="can't be read: it is not UTF-8 text"):
+        load_config(tmp_path / "binary.toml")
+
+
+def test_a_file_name_that_is_no_name_of_a_run(tmp_path):
+    assert load_config(write(tmp_path, "", "my größte run.toml")).name == "my-gr--te-run"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.steps=9", "steps", 9),
+        ("train.steps = 9", "steps", 9),
+        ("train.precision=bf16", "precision", "bf16"),
+        ('train.precision="bf16"', "precision", "bf16"),
+        ("train.max_norm=0", "max_norm", None),
+        ("train.max_norm=0.0", "max_norm", None),
+        ("train.max_norm=2", "max_norm", 2.0),
+    ],
+)
+def test_overrides(tmp_path, override, key, value):
+    config = load_config(write(tmp_path, "[train]\nsteps = 7"), [override])
+    assert getattr(config.train, key) == value
+
+
+def test_overrides_make_sections_and_the_last_one_counts(tmp_path):
+    path = write(tmp_path, "")
+    config = load_config(path, ["model.tied=false", "name=x", "model.width=8", "model.width=16"])
+    assert (config.model.tied, config.model.width, config.name) == (False, 16, "x")
+    config = load_config(path, ['data.text=["a.txt", "corpus:some"]', "launch.hosts=a:1,b:1"])
+    assert config.data.text == (str(tmp_path.resolve() / "a.txt"), "corpus:some")
+    assert config.launch.hosts == "a:1,b:1"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "is not of the form section.key=value"),
+        ("=3", "is not of the form section.key=value"),
+        ("steps=3", "--set steps: there is no key steps; did you mean train.steps?"),
+        ("train.stesp=3", "did you mean train.steps?"),
+        ("train=3", "there is no key train"),
+        ("train.steps=many", "train.steps = 'many' is not allowed"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, message):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, ""), [override])
+    assert message in str(caught.value)
+
+
+def test_paths_are_taken_from_the_config_files_folder(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    path = write(tmp_path / "configs", '[data]\ntext = ["../t/*.txt", "/abs.txt", "corpus:x"]')
+    monkeypatch.chdir(tmp_path)
+    text = load_config(path.relative_to(tmp_path)).data.text
+    assert text == (f"{tmp_path.resolve()}/configs/../t/*.txt", "/abs.txt", "corpus:x")
+
+
+def test_known_keys_are_the_keys_of_the_resolved_file():
+    keys = known_keys()
+    assert {"name", "model.width", "loss_scale.hysteresis", "launch.ranks"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+def test_every_key_is_described():
+    for name, info in Config.model_fields.items():
+        for key, field in getattr(info.annotation, "model_fields", {}).items():
+            assert field.description, f"{name}.{key}"
+
+
+def test_the_digest_ignores_where_and_on_what_a_run_runs():
+    base = Config()
+    same = make_config(
+        {
+            "name": "other",
+            "launch": {"backend": "tensorflow", "ranks": 4, "threads": 3},
+            "output": {"folder": "elsewhere", "log_every": 1},
+        },
+        "test",
+    )
+    assert same.digest == base.digest
+    for section, key, value in [
+        ("train", "seed", 2),
+        ("train", "steps", 201),
+        ("train", "micro_batch_size", 2),
+        ("evaluation", "every", 3),
+        ("checkpoint", "every", 3),
+        ("model", "dropout", 0.2),
+    ]:
+        assert make_config({section: {key: value}}, "test").digest != base.digest, key
+
+
+def test_the_trajectory_leaves_out_what_does_not_change_the_weights():
+    base = Config().trajectory
+    for section, key, value in [
+        ("train", "micro_batch_size", 2),
+        ("train", "check_every", 3),
+        ("evaluation", "every", 3),
+        ("checkpoint", "keep", 3),
+        ("launch", "ranks", 3),
+        ("schedule", "updates", 200),  # which is what train.steps makes of it
+    ]:
+        assert make_config({section: {key: value}}, "test").trajectory == base, key
+    other = make_config({"train": {"steps": 300}}, "test").trajectory
+    assert {key for key in base if base[key] != other[key]} == {"schedule.updates"}
+
+
+words = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8
+)
+overrides = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.from_regex(r"[A-Za-z0-9._-]{1,80}", fullmatch=True),
+        "model": st.fixed_dictionaries(
+            {"width": st.sampled_from([8, 24])},
+            optional={
+                "heads": st.sampled_from([1, 2, 4, 8]),
+                "dropout": st.floats(0, 0.999),
+                "norm_epsilon": st.floats(1e-30, 0.1),
+                "tied": st.booleans(),
+                "kind": st.sampled_from(["decoder", "encoder", "encoder-decoder"]),
+            },
+        ),
+        "data": st.fixed_dictionaries(
+            {},
+            optional={
+                "text": st.lists(words, min_size=1, max_size=3),
+                "vocabulary": st.integers(257, 2**20),
+            },
+        ),
+        "train": st.fixed_dictionaries(
+            {},
+            optional={
+                "seed": st.integers(0, 2**63 - 1),
+                "max_norm": st.none() | st.floats(1e-300, 1e300),
+                "micro_batch_size": st.none() | st.integers(1, 2**24),
+            },
+        ),
+        "launch": st.fixed_dictionaries({}, optional={"hosts": st.none() | words}),
+    },
+)
+
+
+@given(values=overrides)
+def test_the_resolved_file_is_read_back_equal(tmp_path_factory, values):
+    folder = tmp_path_factory.getbasetemp()
+    config = make_config(values, "test", base=Path("/corpora"))
+    text = to_toml(config)
+    again = load_config(write(folder, text, "round.toml"))
+    assert again == config
+    assert to_toml(again) == text
+    assert again.digest == config.digest
