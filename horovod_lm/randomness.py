@@ -27,9 +27,10 @@ def philox(seed: int, name: str) -> np.random.Philox:
 
 
 def uniforms(generator: np.random.Philox, count: int) -> np.ndarray:
-    """`count` fp64 numbers strictly between 0 and 1, from the upper 53 bits of raw integers."""
+    """`count` fp64 numbers strictly between 0 and 1, from the upper 52 bits of raw integers: with
+    53, the largest plus a half would be rounded to 1."""
     raw = generator.random_raw(count)
-    return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def normals(seed: int, name: str, shape: tuple[int, ...], std: float) -> np.ndarray:
