@@ -485,10 +485,11 @@ def _two_rank_step(backend: str) -> Finding:
         )
     if code == 0:
         return Finding(f"{backend} x 2", "ok", "two ranks took two steps and stayed equal")
+    said = [line for line in log.splitlines() if line.startswith("horovod-lm: ")]
     return Finding(
         f"{backend} x 2",
         "error",
-        f"two ranks can't train (exit code {code}):\n{log}",
+        f"two ranks can't train (exit code {code}):\n" + ("\n".join(said) or log),
         "mend what it says; the rest of doctor's findings may tell why",
     )
 

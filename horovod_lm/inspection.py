@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from horovod_lm.config import Config
+from horovod_lm.errors import UserError
 from horovod_lm.spec import Initialiser, ModelSpec, Parameter
 
 
@@ -102,10 +105,11 @@ def micro_batch_rows(config: Config, ranks: int) -> int:
     return -(-largest // micros)
 
 
-def plan(config: Config, ranks: int, training_tokens: int | None = None) -> dict[str, Any]:
-    """What a run of `config` on `ranks` ranks will do; `epochs` if the size of the corpus is known.
+def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
+    """What a run of `config` on `ranks` ranks will do with a corpus of `training_tokens`.
 
-    FLOPs are those of all ranks; memory is bytes of one rank.
+    FLOPs are those of all ranks; memory is bytes of one rank; checkpoints are fp32 weights and two
+    moments, one of them unfinished beside those that are kept.
     """
     spec, settings = config.model, config.train
     tokens = settings.global_batch_size * spec.context
@@ -123,5 +127,19 @@ def plan(config: Config, ranks: int, training_tokens: int | None = None) -> dict
         "memory": spec.memory(micro, settings.precision),
         "steps": settings.steps,
         "tokens": settings.steps * tokens,
-        "epochs": settings.steps * tokens / training_tokens if training_tokens else None,
+        "epochs": settings.steps * tokens / training_tokens,
+        "checkpoint_bytes": (config.checkpoint.keep + 1) * 12 * spec.size,
     }
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise `UserError` unless `needed` bytes are free where `folder` is or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 2**20:,.0f} MiB free, and the run's checkpoints take "
+            f"{needed / 2**20:,.0f} MiB; free some, lower checkpoint.keep, or give another --output"
+        )

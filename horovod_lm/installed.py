@@ -84,6 +84,8 @@ class Horovod:
         if built is None:
             return None
         now = version_of(framework)
+        if framework not in DISTRIBUTIONS:
+            return None
         if not built.get(framework):
             return f"Horovod {self.version} was built without {framework}"
         if now is not None and built[framework] != now:
@@ -95,7 +97,10 @@ class Horovod:
 
 
 def require_horovod(framework: str) -> None:
-    """Raise `UserError` with the mend unless a Horovod that fits `framework` is installed."""
+    """Raise `UserError` with the mend unless a Horovod that fits `framework` is installed. A
+    framework that is missing itself is not Horovod's fault, and so no error here."""
+    if version_of(framework) is None:
+        return
     fault = Horovod.find().fault(framework)
     if fault is not None:
         raise UserError(f"{fault}; build the one that fits with: {build_command()}")

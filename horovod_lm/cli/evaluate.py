@@ -1,5 +1,7 @@
 """`horovod-lm evaluate`."""
 
+import math
+import sys
 from pathlib import Path
 
 import click
@@ -21,16 +23,22 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
 
     Takes the newest valid checkpoint; either framework reads what the other wrote.
     """
-    from horovod_lm.topology import place
+    from contextlib import redirect_stdout
+
     from horovod_lm.train import evaluate, restore
 
-    result = evaluate(restore(run, backend, None))
-    if place().rank:
+    with redirect_stdout(sys.stderr):  # the result alone belongs on stdout
+        restored = restore(run, backend, None)
+        result = evaluate(restored)
+        restored.communicator.shutdown()
+    if restored.communicator.rank:
         return
     if as_json:
         import json
 
-        click.echo(json.dumps(result))
+        # JSON has no infinity, which a perplexity can be.
+        finite = {k: v if math.isfinite(v) else None for k, v in result.items()}
+        click.echo(json.dumps(finite))
     else:
         click.echo(
             f"step {result['step']}: validation loss {result['loss']:.4f} nats per token, "

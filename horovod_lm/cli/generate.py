@@ -1,5 +1,6 @@
 """`horovod-lm generate`."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -36,6 +37,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Let a trained RUN continue a text."""
+    from contextlib import redirect_stdout
+
     from horovod_lm.errors import UserError
 
     text = _standard_input() if prompt == "-" else prompt
@@ -44,18 +47,21 @@ def command(
     from horovod_lm.decode import generate
     from horovod_lm.train import restore
 
-    restored = restore(run, backend, None)
-    tokenizer = restored.prepared.tokenizer
-    ids = tokenizer.encode(text)
-    out = generate(
-        restored.engine,
-        ids[None],
-        tokens,
-        context=restored.config.model.context,
-        temperature=temperature,
-        seed=seed,
-        end=tokenizer.end,
-    )
+    with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
+        restored = restore(run, backend, None)
+        tokenizer = restored.prepared.tokenizer
+        out = generate(
+            restored.engine,
+            tokenizer.encode(text)[None],
+            tokens,
+            context=restored.config.model.context,
+            temperature=temperature,
+            seed=seed,
+            end=tokenizer.end,
+        )
+        restored.communicator.shutdown()
+    if restored.communicator.rank:
+        return
     continuation = tokenizer.decode(out[0])
     if as_json:
         import json
@@ -66,8 +72,6 @@ def command(
 
 
 def _standard_input() -> str:
-    import sys
-
     from horovod_lm.errors import UserError
 
     try:

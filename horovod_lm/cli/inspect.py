@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -84,27 +84,24 @@ def _print(config: Config) -> None:
     click.echo(f"Training one token takes {scaled(figures['flops_per_token'], 'FLOP')}.")
 
 
-def print_plan(config: Config, ranks: int, training_tokens: int | None) -> None:
-    """What `train --dry-run` says when all checks have passed."""
+def print_plan(name: str, figures: dict[str, Any]) -> None:
+    """What `train --dry-run` says when all checks have passed; `figures` are of
+    `horovod_lm.inspection.plan`."""
     from horovod_lm.cli.table import scaled, show, size
-    from horovod_lm.inspection import plan
 
-    figures = plan(config, ranks, training_tokens)
     lines = [
         ("parameters", f"{figures['parameters']:,}"),
         ("backend, precision", f"{figures['backend']}, {figures['precision']}"),
         ("ranks", str(figures["ranks"])),
         ("sequences in a global batch", f"{figures['global_batch_size']:,}"),
-        (
-            "of a rank",
-            f"{figures['micro_batches']} x {figures['micro_batch_rows']:,} at a time",
-        ),
+        ("micro-batches of a rank", f"{figures['micro_batches']:,}"),
+        ("sequences in each", f"{figures['micro_batch_rows']:,}"),
         ("tokens per step", f"{figures['tokens_per_step']:,}"),
         ("work per step, all ranks", scaled(figures["flops_per_step"], "FLOP")),
         ("memory of a rank (estimate)", size(sum(figures["memory"].values()))),
         ("steps", f"{figures['steps']:,}"),
         ("tokens in all", f"{figures['tokens']:,}"),
+        ("epochs", f"{figures['epochs']:.2f}"),
+        ("checkpoints on disk", size(figures["checkpoint_bytes"])),
     ]
-    if figures["epochs"] is not None:
-        lines.append(("epochs", f"{figures['epochs']:.2f}"))
-    show(f"Plan of {config.name}: every check passed, nothing was trained", ("", ""), lines, "lr")
+    show(f"Plan of {name}: every check passed, nothing was trained", ("", ""), lines, "lr")

@@ -57,17 +57,24 @@ def command(
     Alone this is one rank; under mpirun, srun or horovodrun it is one of as many as were started.
     """
     settings = load(config, overrides, backend=backend, output=output)
+    from horovod_lm.installed import require_horovod
     from horovod_lm.train import train
 
+    require_horovod(settings.launch.backend)
     train(settings, output=folder_of(settings), resume=resume, dry_run=dry_run)
     if dry_run:
-        _print_plan(settings)
+        _plan(settings)
 
 
-def _print_plan(settings: Config) -> None:
+def _plan(settings: Config) -> None:
+    """The checks and figures that need nothing of a framework."""
     from horovod_lm.cli.inspect import print_plan
+    from horovod_lm.data.prepare import prepare
+    from horovod_lm.inspection import check_disk, plan
     from horovod_lm.topology import place
 
     where = place()
+    figures = plan(settings, where.size, len(prepare(settings).train))
+    check_disk(folder_of(settings) or Path("runs"), figures["checkpoint_bytes"])
     if where.rank == 0:
-        print_plan(settings, where.size, None)
+        print_plan(settings.name, figures)
