@@ -138,13 +138,14 @@ def _not_text(path: Path, offset: int, what: str) -> UserError:
 
 def _pieces(path: Path, kind: str) -> Iterator[tuple[str, bool]]:
     waiting: list[str] = []  # of the current document
-    size, begun = 0, False
+    size, begun, fresh = 0, False, True
     for line in _lines(path):
-        blank = not line.strip()
+        blank = fresh and not line.strip()
+        fresh = line.endswith("\n")  # else the next piece goes on with the same line
         if kind == "file" or not blank:
             waiting.append(line)
             size += len(line)
-        ends = blank if kind == "paragraph" else kind == "line" and line.endswith("\n")
+        ends = blank if kind == "paragraph" else kind == "line" and fresh
         if ends and (waiting or begun):
             yield "".join(waiting).rstrip("\n"), True
             waiting, size, begun = [], 0, False
@@ -158,7 +159,8 @@ def _pieces(path: Path, kind: str) -> Iterator[tuple[str, bool]]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig") as stream:
+        # Checked before; if it changed since, `prepare` finds that by its stamp.
+        with path.open(encoding="utf-8-sig", errors="replace") as stream:
             while line := stream.readline(PIECE):
                 yield line
     except OSError as error:

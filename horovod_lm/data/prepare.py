@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from horovod_lm.errors import UserError
 Log = Callable[[str], None]
 
 SCHEMA = 1  # raise it when prepared data of the same key would come out different
-_BATCH = 2**21  # characters that are tokenised at once
+_BATCH = 2**20  # characters that are tokenised at once
 _LOG_SECONDS = 5.0
 
 
@@ -73,13 +74,10 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         with locked(folder, log):
             prepared = _open(folder)  # another process may have made it meanwhile
             if prepared is None:
+                if folder.exists():
+                    log(f"the prepared data in {folder} is damaged; making it anew")
                 with building(folder) as partial:
-                    _make(partial, config.data, corpus, contents, log)
-                    if corpus.stamps() != stamps:
-                        raise UserError(
-                            "a file of data.text changed while it was prepared; run it again when "
-                            "the files are complete"
-                        )
+                    _make(partial, config.data, corpus, stamps, contents, log)
                 prepared = _open(folder)
     assert prepared is not None
     _check_windows(prepared, config)
@@ -98,10 +96,10 @@ def _contents(corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> _Cont
     """Read and check every file, unless all are as they were the last time."""
     seen = hashlib.sha256(json.dumps([SCHEMA, corpus.kind, stamps]).encode()).hexdigest()
     known = cache / "known" / f"{seen[:32]}.json"
-    if known.exists():
+    with suppress(OSError, ValueError, TypeError):  # missing, or damaged by a crash
         return _Contents(**json.loads(known.read_text()))
     size = sum(stamp[1] for stamp in stamps)
-    log(f"reading {size / 1e6:.1f} MB of text in {len(stamps)} file{'s'[: len(stamps) != 1]}")
+    log(f"reading {size / 1e6:.1f} MB of text in {len(stamps)} file(s)")
     digests = [text_digest(path) for path in corpus.files]
     contents = _Contents(digests, sum(ends for _, ends in corpus.pieces()))
     _check_documents(contents.documents, corpus)
@@ -142,7 +140,7 @@ def _open(folder: Path) -> Prepared | None:
         if _sha256(tokenizer.read_bytes()) != manifest["tokenizer"]["sha256"]:
             return None
         train, validation = (Tokens(folder, manifest[split]) for split in ("train", "validation"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return None
     return Prepared(folder, Tokenizer.load(tokenizer), train, validation, manifest)
 
@@ -151,13 +149,20 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _make(folder: Path, data: Data, corpus: Corpus, contents: _Contents, log: Log) -> None:
+def _make(
+    folder: Path,
+    data: Data,
+    corpus: Corpus,
+    stamps: list[Any],
+    contents: _Contents,
+    log: Log,
+) -> None:
     """Train the tokenizer, write both splits and the manifest."""
     held_out = max(1, round(contents.documents * data.validation_fraction))
     training = max(1, contents.documents - held_out)
-    progress = _Progress(log, "training a tokenizer", training)
-    texts = (text for text, _ in progress.follow(_first(corpus.pieces(), training)))
     log(f"training a tokenizer of {data.vocabulary:,} ids on {training:,} documents")
+    progress = _Progress(log, "training the tokenizer", training)
+    texts = (text for text, _ in progress.follow(_first(corpus.pieces(), training)))
     tokenizer = Tokenizer.train(texts, data.vocabulary)
     if tokenizer.vocabulary < data.vocabulary:
         log(f"the corpus fills {tokenizer.vocabulary:,} of {data.vocabulary:,} ids; the rest idles")
@@ -168,6 +173,23 @@ def _make(folder: Path, data: Data, corpus: Corpus, contents: _Contents, log: Lo
     pieces = progress.follow(corpus.pieces())
     train = _write(folder, "train", data.vocabulary, tokenizer, _first(pieces, training))
     validation = _write(folder, "validation", data.vocabulary, tokenizer, pieces)
+    if corpus.stamps() != stamps:
+        raise UserError(
+            "a file of data.text changed while it was prepared; run it again when the files are "
+            "complete"
+        )
+    _write_manifest(folder, data, corpus, contents, tokenizer, train, validation)
+
+
+def _write_manifest(
+    folder: Path,
+    data: Data,
+    corpus: Corpus,
+    contents: _Contents,
+    tokenizer: Tokenizer,
+    train: TokenWriter,
+    validation: TokenWriter,
+) -> None:
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "settings": data.model_dump(mode="json", exclude={"text"}),

@@ -35,7 +35,7 @@ class Sampler:
         epochs, places = np.divmod(places, np.uint64(self.windows))
         # An array, since NumPy warns where a single number wraps.
         seeds = np.full(1, self.seed, dtype=np.uint64)
-        keys = mix(mix(seeds + np.uint64(1)) + mix(epochs + np.uint64(1)))
+        keys = mix(mix(seeds + np.uint64(1)) + epochs)
         result = self._permute(places, keys)
         outside = np.flatnonzero(result >= self.windows)
         while outside.size:

@@ -1,0 +1,356 @@
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from horovod_lm.config import make_config
+from horovod_lm.data.cache import cache_folder
+from horovod_lm.data.prepare import prepare, unigram_entropy
+from horovod_lm.data.tokenizer import END_OF_TEXT
+from horovod_lm.errors import RunFailed, UserError
+
+WORDS = ["the", "cat", "and", "a", "dog", "sat", "on", "one", "mat", "or", "went", "to", "see"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "horovod_lm" / "data"
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of 100 paragraphs, each with its number."""
+    path = tmp_path / "text.txt"
+    write(path, 100)
+    return path
+
+
+def write(path, count):
+    words = np.random.default_rng(count).choice(WORDS, (count, 30))
+    paragraphs = [f"Number {i}: {' '.join(line)}." for i, line in enumerate(words)]
+    path.write_text("\n\n".join(paragraphs) + "\n")
+
+
+def config(*text, context=16, **data):
+    data = {"text": [str(path) for path in text], "vocabulary": 400, **data}
+    return make_config({"model": {"context": context}, "data": data}, "test")
+
+
+def test_the_cache_follows_xdg(cache, monkeypatch, tmp_path):
+    assert cache_folder() == cache
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for unset in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache_folder() == tmp_path / ".cache" / "horovod_lm" / "data"
+
+
+def documents(prepared, tokens):
+    stream = prepared.tokenizer.decode(tokens.read(0, len(tokens)))
+    assert stream.endswith(END_OF_TEXT)
+    return stream.split(END_OF_TEXT)[:-1]
+
+
+def test_the_last_documents_are_for_validation_and_nothing_is_lost(text, cache):
+    prepared = prepare(config(text))
+    train, validation = (documents(prepared, s) for s in (prepared.train, prepared.validation))
+    assert train + validation == text.read_text().strip().split("\n\n")
+    assert (len(train), len(validation)) == (95, 5)
+    assert len(prepared.train.documents) == 95 and len(prepared.validation.documents) == 5
+    starts = prepared.train.documents[1:]
+    ends = [prepared.train.read(int(start) - 1, 1)[0] for start in starts]
+    assert set(ends) == {prepared.tokenizer.end}
+    assert prepared.folder.parent == cache
+
+
+def test_the_tokenizer_is_trained_on_the_training_documents_alone(tmp_path):
+    path = tmp_path / "text.txt"
+    write(path, 40)
+    with path.open("a") as stream:
+        stream.write("\n" + "xyzzy " * 500)
+    one_held_out = config(path, validation_fraction=0.01)
+    assert prepare(one_held_out).tokenizer.encode(" xyzzy").size > 1
+    with path.open("a") as stream:
+        stream.write("\n\nThe end, and it is a long one, so that it fills a window.")
+    assert prepare(one_held_out).tokenizer.encode(" xyzzy").size == 1
+
+
+@pytest.mark.parametrize("fraction, held_out", [(0.05, 5), (0.001, 1), (0.5, 50), (0.999, 99)])
+def test_the_share_of_validation(text, fraction, held_out):
+    prepared = prepare(config(text, validation_fraction=fraction))
+    assert len(prepared.validation.documents) == held_out
+    assert len(prepared.train.documents) == 100 - held_out
+
+
+def test_kinds_of_documents(text, tmp_path):
+    write(tmp_path / "more.txt", 7)
+    both = text, tmp_path / "more.txt"
+    for kind, count in (("paragraph", 107), ("line", 107), ("file", 2)):
+        prepared = prepare(config(*both, documents=kind))
+        assert len(prepared.train.documents) + len(prepared.validation.documents) == count
+
+
+def test_the_manifest_has_the_digests_of_everything(text):
+    prepared = prepare(config(text))
+    manifest = json.loads((prepared.folder / "manifest.json").read_text())
+    assert manifest == prepared.manifest
+    assert manifest["corpus"] == [
+        {"file": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+    ]
+    entries = [manifest["tokenizer"]]
+    for split in ("train", "validation"):
+        entries += [*manifest[split]["shards"], manifest[split]["index"]]
+    for entry in entries:
+        data = (prepared.folder / entry["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+    names = {entry["file"] for entry in entries} | {"manifest.json"}
+    assert names == {path.name for path in prepared.folder.iterdir()}
+
+
+def test_the_unigram_entropy_by_hand():
+    # 4 ids; training counts 3, 1, 0, 0: probabilities 4/8, 2/8, 1/8, 1/8.
+    train, validation = np.array([3, 1, 0, 0]), np.array([2, 0, 1, 0])
+    expected = (2 * math.log(2) + math.log(8)) / 3
+    assert unigram_entropy(train, validation) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_unigram_entropy_counts_the_streams(text):
+    prepared = prepare(config(text))
+    train = np.bincount(prepared.train.read(0, len(prepared.train)), minlength=400)
+    validation = np.bincount(prepared.validation.read(0, len(prepared.validation)), minlength=400)
+    assert prepared.unigram_entropy == unigram_entropy(train, validation)
+    assert 2 < prepared.unigram_entropy < math.log(400)
+
+
+def test_a_second_time_nothing_is_done(text):
+    first, lines = prepare(config(text)), []
+    start = time.monotonic()
+    second = prepare(config(text), lines.append)
+    assert time.monotonic() - start < 1
+    assert lines == []
+    assert second.folder == first.folder and second.manifest == first.manifest
+
+
+def test_the_key_is_of_contents_and_settings(text, tmp_path):
+    first = prepare(config(text)).folder
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(text.read_bytes())
+    assert prepare(config(copy)).folder == first
+    assert prepare(config(text, context=8)).folder == first
+    others = [
+        prepare(config(text, vocabulary=300)).folder,
+        prepare(config(text, documents="line")).folder,
+        prepare(config(text, validation_fraction=0.1)).folder,
+        prepare(config(text, copy)).folder,  # given twice is another corpus
+    ]
+    assert len({first, *others}) == 5
+    # The same size and time of change, and yet other text.
+    status = text.stat()
+    text.write_text(text.read_text().replace("cat", "cow"))
+    os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert prepare(config(text)).folder not in {first, *others}
+
+
+def test_two_makings_are_equal(text, cache):
+    first = prepare(config(text)).manifest
+    subprocess.run(["rm", "-r", str(cache)], check=True)
+    assert prepare(config(text)).manifest == first
+
+
+def test_damage_is_found_and_mended(text):
+    prepared = prepare(config(text))
+    for name in ("tokenizer.json", "train-00000.tokens", "validation.documents", "manifest.json"):
+        path = prepared.folder / name
+        path.write_bytes(path.read_bytes()[:-3])
+        lines = []
+        again = prepare(config(text), lines.append)
+        assert any("is damaged; making it anew" in line for line in lines)
+        assert again.manifest == prepared.manifest
+
+
+def test_all_ids_are_below_the_vocabulary_also_where_it_is_not_filled(text):
+    lines = []
+    prepared = prepare(config(text, vocabulary=60_000), lines.append)
+    assert any("of 60,000 ids" in line for line in lines)
+    assert prepared.tokenizer.vocabulary < 60_000
+    assert prepared.train.read(0, len(prepared.train)).max() < prepared.tokenizer.vocabulary
+
+
+def leftovers(cache):
+    """What a failed preparation may not leave."""
+    if not cache.exists():
+        return []
+    return [p for p in cache.rglob("*") if p.is_file() and p.suffix not in (".lock", ".json")]
+
+
+def refused(cache, *arguments, **settings):
+    with pytest.raises(UserError) as caught:
+        prepare(config(*arguments, **settings), lambda line: None)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, settings, message",
+    [
+        (b"", {}, "is empty"),
+        (b"\n \n\t\n", {}, "is empty"),
+        (b"one paragraph\nof two lines", {}, "one document only"),
+        (b"one\n\ntwo", {"documents": "file"}, "one document only"),
+        (b"one\n\nt\xffo", {}, "at byte 6 it has byte 0xff"),
+        (b"\x89PNG\r\n\0", {}, "at byte 0 it has byte 0x89"),
+    ],
+)
+def test_a_corpus_of_no_use_is_refused(tmp_path, cache, content, settings, message):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    assert message in refused(cache, path, **settings)
+    assert leftovers(cache) == []
+
+
+def test_a_split_shorter_than_a_window_is_refused(text, cache):
+    short = refused(cache, text, context=10_000)
+    assert "training documents have" in short and "10,001 (model.context + 1)" in short
+    train = len(prepare(config(text)).train)
+    assert "validation documents have" in refused(cache, text, context=train - 1)
+
+
+def test_a_file_that_changes_meanwhile_is_refused(text, cache):
+    def log(line):
+        if line.startswith("tokenising"):
+            write(text, 90)
+
+    with pytest.raises(UserError, match="changed while it was prepared"):
+        prepare(config(text), log)
+    assert leftovers(cache) == []
+
+
+def test_an_interrupt_leaves_nothing_half(text, cache):
+    def log(line):
+        if line.startswith("tokenising"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(text), log)
+    assert leftovers(cache) == []
+    prepare(config(text), lambda line: None)
+
+
+CODE = """
+import os, resource, signal, sys
+from horovod_lm.config import make_config
+from horovod_lm.data.prepare import prepare
+from horovod_lm.errors import HorovodLmError
+def log(line):
+    print(line, flush=True)
+    if line.startswith("tokenising") and sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if line.startswith("tokenising") and sys.argv[2] == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+config = {"model": {"context": 16}, "data": {"text": [sys.argv[1]], "vocabulary": 400}}
+try:
+    prepare(make_config(config, "test"), log)
+except HorovodLmError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def run(text, what):
+    command = [sys.executable, "-c", CODE, str(text), what]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_kill_leaves_nothing_that_counts(text, cache):
+    assert run(text, "kill").returncode == -signal.SIGKILL
+    assert [path.suffix for path in cache.iterdir() if path.is_dir() and path.name != "known"] == [
+        ".partial"
+    ]
+    prepare(config(text), lambda line: None)
+    assert not list(cache.glob("*.partial"))
+
+
+def test_no_space_left(text, cache):
+    # A limit on the size of files is the nearest to a full disk that needs no root.
+    done = run(text, "full")
+    assert done.returncode == RunFailed.exit_code, done.stderr
+    assert "no space left for prepared data in" in done.stdout
+    assert leftovers(cache) == []
+    assert run(text, "").returncode == 0
+
+
+def test_no_space_left_on_a_real_disk(text, tmp_path):
+    # In a mount namespace of its own, which ends with the command.
+    disk = tmp_path / "cache"
+    disk.mkdir()
+    shell = (
+        'mount -t tmpfs -o size=28k none "$1" || exit 99\n'
+        '"$2" -c "$3" "$4" ""; code=$?; find "$1" -type f -size +0; exit $code'
+    )
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", shell, "sh"]
+    command += [str(disk), sys.executable, CODE, str(text)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("unshare is missing (util-linux)")
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip(f"mounting a small disk is not allowed: {done.stderr}")
+    assert done.returncode == RunFailed.exit_code, done
+    assert "(No space left on device)" in done.stdout
+    left = [line for line in done.stdout.splitlines() if line.startswith(str(disk))]
+    assert [line for line in left if "/known/" not in line] == []
+
+
+def test_a_cache_that_can_not_be_written(text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"can't be written: Not a directory.*set XDG_CACHE_HOME"):
+        prepare(config(text), lambda line: None)
+
+
+def test_two_at_once_wait_for_each_other(text):
+    working, waiting = threading.Event(), threading.Event()
+    results, lines = {}, []
+
+    def first_log(line):
+        if line.startswith("tokenising"):
+            working.set()
+            assert waiting.wait(30)
+
+    def second_log(line):
+        lines.append(line)
+        if "another process is preparing" in line:
+            waiting.set()
+
+    def first():
+        results[1] = prepare(config(text), first_log)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert working.wait(30)
+    results[2] = prepare(config(text), second_log)
+    thread.join()
+    assert len(lines) == 1 and lines[0].endswith("waiting for it")
+    assert results[1].manifest == results[2].manifest
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    def peak(count):
+        path = tmp_path / f"{count}.txt"
+        write(path, count)
+        code = CODE + "\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        command = [sys.executable, "-c", code, str(path), ""]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return path.stat().st_size, int(done.stdout.split()[-1]) * 1024
+
+    (small, low), (large, high) = peak(20_000), peak(60_000)
+    assert large - small > 5e6
+    # All at once would take more than 40 bytes for each byte of text.
+    assert high - low < 12 * (large - small)
