@@ -33,7 +33,8 @@ from horovod_lm.launch import (
 )
 from horovod_lm.report.results import Comparison, display_name
 from horovod_lm.report.runs import WARM_UP, Follower, Slice, read_run
-from horovod_lm.report.terminal import Display, print_results
+from horovod_lm.report.terminal import Display, make_console, print_results
+from horovod_lm.run_folder import STATE
 
 BACKENDS = ("torch", "tensorflow")
 REPORT = "report.json"
@@ -51,7 +52,8 @@ def compare(config: Config, output: Path) -> int:
     """
     output = output.absolute()
     check_installed(config)
-    console = Console(highlight=False, soft_wrap=True)
+    check_unused(output)
+    console = make_console()
     prepare(config)
     warnings = [text for text in [cores_warning(config)] if text]
     for text in warnings:
@@ -86,23 +88,30 @@ def check_installed(config: Config) -> None:
         require_horovod(backend)
 
 
-def claim(output: Path, config: Config) -> None:
-    """Make the folder of a comparison, which no other may then use. Raises `UserError`."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if any((output / name / "run.json").exists() for name in (*BACKENDS, ".")):
-            raise FileExistsError
-        with (output / REPORT).open("x", encoding="utf-8") as file:
-            json.dump({"schema": 1, "state": "running", "name": config.name}, file)
-    except FileExistsError:
+def check_unused(output: Path) -> None:
+    """Raise `UserError` if a run or a comparison is in the folder. One that failed before either
+    run began is none."""
+    used = any((output / name / STATE).exists() for name in (*BACKENDS, "."))
+    if (output / REPORT).exists():
+        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        used = used or report["state"] in ("running", "finished")
+    if used:
         raise UserError(
             f"output.folder = {output} is in use: there is a run in it; give another --output"
-        ) from None
+        )
+
+
+def claim(output: Path, config: Config) -> None:
+    """Make the folder of a comparison, which no other may then use. Raises `UserError`."""
+    check_unused(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"output.folder = {output} can't be written: {error.strerror}; give another --output"
         ) from None
-    (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    _mark(output, "running", "")
 
 
 def _mark(output: Path, state: str, message: str) -> None:

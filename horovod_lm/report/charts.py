@@ -112,7 +112,7 @@ def _losses(comparison: Comparison) -> Chart | None:
     return Chart(
         "losses",
         "Do the losses coincide?",
-        _svg(figure, f"Loss of {comparison.names[0]} and {comparison.names[1]} by step"),
+        _svg(figure, "losses", f"Loss of {comparison.names[0]} and {comparison.names[1]} by step"),
         f"Training loss of every step: {comparison.names[0]} broad, {comparison.names[1]} dashed "
         f"on top of it. Circles and squares: loss on the validation documents.",
         hover,
@@ -136,7 +136,9 @@ def _apart(comparison: Comparison) -> Chart | None:
     return Chart(
         "apart",
         "How far apart are they?",
-        _svg(figure, "Absolute difference of the two losses by step, on a logarithmic axis"),
+        _svg(
+            figure, "apart", "Absolute difference of the two losses by step, on a logarithmic axis"
+        ),
         f"Farthest apart at step {curves.at}: {curves.largest:.1e} nats. Differences below "
         f"{_FLOOR:.0e} are drawn at it.",
         _hover(axes, "step", steps, {"difference": differences}),
@@ -158,7 +160,7 @@ def _rounds(comparison: Comparison) -> Chart | None:
     return Chart(
         "rounds",
         "Which one is faster, round by round?",
-        _svg(figure, "Tokens per second of both backends in each round"),
+        _svg(figure, "rounds", "Tokens per second of both backends in each round"),
         "Of all ranks together. The two take turns within a round, so a machine that drifts "
         "slows both.",
         _hover(axes, "round", numbers, dict(zip(comparison.names, speeds, strict=True))),
@@ -187,11 +189,11 @@ def _parts(comparison: Comparison) -> Chart | None:
     axes.set_yticks(range(len(names)), [PART_WORDS.get(name, name) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 1.32 * max(sum(m.values()) for m in means if m))
+    axes.set_xlim(0, 1.5 * max(sum(m.values()) for m in means if m))
     return Chart(
         "parts",
         "Where does a step’s time go?",
-        _svg(figure, "Milliseconds of a step by part, for both backends"),
+        _svg(figure, "parts", "Milliseconds of a step by part, for both backends"),
         "Mean of the steps that were timed with synchronisation, every tenth. The parts add up to "
         "the whole step; reduce has the wait for the slowest rank in it.",
     )
@@ -241,8 +243,9 @@ def _hover(
     }
 
 
-def _svg(figure: Figure, description: str) -> str:
-    """The figure as an `<svg>` element that scales and takes the page's colours."""
+def _svg(figure: Figure, identity: str, description: str) -> str:
+    """The figure as an `<svg>` element that scales, takes the page's colours, and has identities
+    of its own, since several stand in one page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
@@ -252,6 +255,7 @@ def _svg(figure: Figure, description: str) -> str:
     text = re.sub(
         r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{description}"', text
     )
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{identity}-", text)
     for stand_in, colour in _THEME.items():
         text = re.sub(stand_in, colour, text, flags=re.IGNORECASE)
     return text

@@ -86,7 +86,7 @@ def _fine_print(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"),
         ("system", f"{machine['system']}, host {machine['host']}"),
-        ("ranks", f"{first['ranks']}, with {first['threads']} threads each"),
+        ("ranks", f"{first['ranks']}; threads of each: {first['threads']}"),
         ("launcher", f"{launch.launcher}; Horovod’s controller was {first['controller']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))),
         ("model", f"{first['parameters']:,} parameters"),

@@ -46,12 +46,15 @@ class Round:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: a value for each backend (text where it is no plain number)."""
+    """A row of the table: a value for each backend (text where it is no plain number).
+
+    `decimals` is None for three significant digits.
+    """
 
     quantity: str
     values: tuple[float | str | None, float | str | None]
     compared: str = ""
-    decimals: int = 0
+    decimals: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,13 +214,13 @@ class Comparison:
         entropy = self.runs[0].record.get("unigram_entropy")
         share = tuple(v / entropy if v is not None and entropy else None for v in validation)
         lines = [
-            Line("training loss of the last step, nats", loss, _difference(loss), 4),
+            Line("loss of the last step, nats", loss, _difference(loss), 4),
             Line("validation loss, nats per token", validation, _difference(validation), 4),
-            Line("  as a share of the unigram entropy", (share[0], share[1]), "", 3),
+            Line("  share of the unigram entropy", (share[0], share[1]), "", 3),
         ]
         if self.curves is not None:
-            text = f"difference ≤ {self.curves.largest:.1e}"
-            lines.insert(1, Line("loss curves, farthest apart", ("", ""), text))
+            text = f"≤ {self.curves.largest:.1e} apart"
+            lines.insert(1, Line("loss curves", ("", ""), text))
         return lines
 
     def _speed_lines(self) -> list[Line]:
@@ -230,7 +233,7 @@ class Comparison:
         ratio = statistics.median(ratios)
         many = _count(len(self.rounds), "round")
         return [
-            Line(f"tokens per second, median of {many}", medians, f"ratio {ratio:.2f}"),
+            Line(f"tokens/s, median of {many}", medians, f"ratio {ratio:.2f}"),
             Line(
                 "  lowest–highest round",
                 (spans[0], spans[1]),
@@ -242,7 +245,7 @@ class Comparison:
         memory = self._pair(lambda run: run.record.get("memory_mib") or {})
         lines = []
         for key, words in (
-            ("largest", "peak memory of the largest rank, MiB"),
+            ("largest", "memory of the largest rank, MiB"),
             ("sum", "  of all ranks"),
         ):
             values = memory[0].get(key), memory[1].get(key)
@@ -250,13 +253,12 @@ class Comparison:
         parts = mean_parts(self.counted[0]), mean_parts(self.counted[1])
         if parts[0] and parts[1]:
             sums = sum(parts[0].values()), sum(parts[1].values())
-            decimals = _decimals(min(sums))
-            lines.append(Line("time of a step, ms", sums, _ratio(sums), decimals))
+            lines.append(Line("time of a step, ms", sums, _ratio(sums)))
             for name in PARTS:
                 words = f"  {PART_WORDS.get(name, name)}"
-                lines.append(Line(words, (parts[0][name], parts[1][name]), "", decimals))
+                lines.append(Line(words, (parts[0][name], parts[1][name])))
         first = self._pair(lambda run: run.record.get("first_step_seconds"))
-        lines.append(Line("first step, s (with compilation)", first, "", 2))
+        lines.append(Line("first step, with compilation, s", first))
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -308,7 +310,9 @@ def cell(line: Line, which: int) -> str:
     value = line.values[which]
     if value is None:
         return "–"
-    return value if isinstance(value, str) else f"{value:,.{line.decimals}f}"
+    if isinstance(value, str):
+        return value
+    return _digits(value) if line.decimals is None else f"{value:,.{line.decimals}f}"
 
 
 def aligned(cells: Sequence[str], figure: str = " ", point: str = " ") -> list[str]:
@@ -331,18 +335,16 @@ def _count(number: int, noun: str) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:,.{_decimals(value)}f}"
-
-
-def _decimals(value: float) -> int:
-    """Decimals for about three significant digits."""
-    return 0 if value >= 100 else 1 if value >= 10 else 2
+    """A value of at least three significant digits, without an exponent down to 0.001."""
+    decimals = next((d for d, least in enumerate((100, 10, 1)) if abs(value) >= least), 3)
+    return f"{value:,.{decimals}f}"
 
 
 def _difference(values: tuple[float | None, float | None]) -> str:
     if values[0] is None or values[1] is None:
         return ""
-    return f"difference {abs(values[0] - values[1]):.1e}"
+    apart = abs(values[0] - values[1])
+    return f"difference {apart:.1e}" if apart else "equal"
 
 
 def _ratio(values: tuple[float | None, float | None]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Run:
     steps: list[Row]
     evaluations: list[Row] = field(default_factory=list)
 
-    @property
+    @cached_property
     def losses(self) -> dict[int, float]:
         """Loss by step, in nats per target token; steps whose loss is not finite are left out."""
         return {row["step"]: row["loss"] for row in self.steps if row["loss"] is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -21,8 +22,8 @@ COLOURS = ("blue", "dark_orange")
 class Display(AbstractContextManager["Display"]):
     """The progress of two runs: a bar for each on a terminal, a line for each turn in a log."""
 
-    def __init__(self, names: Sequence[str], steps: int, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, names: Sequence[str], steps: int, console: Console) -> None:
+        self.console = console
         self._names, self._steps = names, steps
         self._bars: Progress | None = None
         if self.console.is_terminal:
@@ -63,6 +64,12 @@ class Display(AbstractContextManager["Display"]):
             self.say(f"{name}  {where}  {_figures(follower)}  {state}")
 
 
+def make_console() -> Console:
+    """Of the terminal's width; a log is as wide as the table."""
+    wide = None if sys.stdout.isatty() else WIDTH
+    return Console(highlight=False, soft_wrap=True, width=wide)
+
+
 def _figures(follower: Follower) -> str:
     if not follower.steps:
         return ""
@@ -83,6 +90,6 @@ def print_results(comparison: Comparison, console: Console) -> None:
     columns = [aligned([cell(line, which) for line in lines]) for which in (0, 1)]
     for line, first, second in zip(lines, *columns, strict=True):
         table.add_row(Text(line.quantity), Text(first), Text(second), Text(line.compared))
-    console.print(table, width=WIDTH)
+    console.print(table, soft_wrap=False)
     for sentence in comparison.verdict:
-        console.print(Text(sentence, style="bold"), width=WIDTH, soft_wrap=False)
+        console.print(Text(sentence, style="bold"), soft_wrap=False)
