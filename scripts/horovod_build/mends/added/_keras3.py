@@ -17,14 +17,17 @@ BROADCAST = (
     "optimizer.build(model.trainable_variables), hvd.broadcast_variables(optimizer.variables, "
     "root_rank=0) from horovod.tensorflow before the first step."
 )
-AVERAGE = "Average a metric with hvd.allreduce(value) from horovod.tensorflow, in the same order on every rank."
+AVERAGE = (
+    "Average metrics with hvd.allreduce(value) from horovod.tensorflow, in the same order on every "
+    "rank."
+)
 LEARNING_RATE = (
     "Assign optimizer.learning_rate in a callback of your own, or give the optimizer a schedule from "
     "keras.optimizers.schedules."
 )
 ELASTIC = (
-    "Use horovod.tensorflow.elastic.TensorFlowState with the variables' tf.Variable "
-    "([v.value for v in model.variables])."
+    "Start the job again from a checkpoint, or use elastic training with PyTorch "
+    "(horovod.torch.elastic.TorchState)."
 )
 
 
