@@ -155,10 +155,12 @@ def check_gpus(_: list[Finding]) -> Iterator[Finding]:
             f"torch {torch} is a build for processors and won't use them",
             f"{sys.executable} -m pip install torch from a CUDA index, then build Horovod anew",
         )
-    elif Horovod.find().record and not Horovod.find().record.get("cuda"):
+        return
+    switches = Horovod.find().record.get("switches")
+    if switches is not None and not any(name.startswith("HOROVOD_GPU_") for name in switches):
         yield Finding(
             "gpus",
             "warning",
-            "Horovod was built without CUDA: it reduces through the processor's memory",
+            "Horovod was built without NCCL: it reduces through the processor's memory",
             f"HOROVOD_GPU_OPERATIONS=NCCL {build_command()}",
         )

@@ -13,8 +13,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from horovod_lm.checks.finding import BACKENDS, SECONDS, Finding
-from horovod_lm.installed import BUILDER, Horovod, build_command, version_of
+from horovod_lm.checks.finding import BACKENDS, SECONDS, Finding, Level
+from horovod_lm.installed import BUILDER, DISTRIBUTIONS, Horovod, build_command, version_of
 
 
 def check_python(_: list[Finding]) -> Iterator[Finding]:
@@ -116,40 +116,39 @@ def first_line(*command: str) -> str:
 
 def check_frameworks(_: list[Finding]) -> Iterator[Finding]:
     """Presence and versions of torch, TensorFlow and Keras against what the extras ask for."""
-    missing = []
+    missing = [backend for backend in BACKENDS if version_of(backend) is None]
     for backend in BACKENDS:
-        if version_of(backend) is None:
-            missing.append(backend)
+        wanted = _extra(backend)
+        install = " ".join(f"'{requirement}'" for requirement in wanted.values())
+        mend = f"{sys.executable} -m pip install {install}, then build Horovod anew"
+        if backend in missing:
+            level: Level = "error" if len(missing) == len(BACKENDS) else "warning"
+            text = f"{backend} is not installed: this backend can't be used, nor compare"
+            yield Finding(backend, level, text, mend)
             continue
-        try:
-            lines = metadata.requires("horovod-lm") or []
-        except metadata.PackageNotFoundError:
-            lines = []
-        wanted = [
-            r
-            for r in map(Requirement, lines)
-            if r.marker and r.marker.evaluate({"extra": backend}) and not r.marker.evaluate()
-        ]
-        names = {r.name: str(r.specifier) for r in wanted} or {backend: ""}
-        for name, specifier in names.items():
-            package = "tensorflow" if name.startswith("tensorflow") else name
+        for package, requirement in wanted.items():
             text = f"{package} {version_of(package) or 'is missing'}"
+            specifier = str(Requirement(requirement).specifier)
             if _satisfied(package, specifier):
                 yield Finding(backend, "ok", text)
             else:
-                yield Finding(
-                    backend,
-                    "error",
-                    f"{text}; {package}{specifier} is required",
-                    f"{sys.executable} -m pip install '{name}{specifier}', then build Horovod anew",
-                )
-    for backend in missing:
-        yield Finding(
-            backend,
-            "error" if len(missing) == len(BACKENDS) else "warning",
-            f"{backend} is not installed: this backend can't be used, nor compare",
-            f"{sys.executable} -m pip install 'horovod-lm[{backend}]', then build Horovod anew",
-        )
+                yield Finding(backend, "error", f"{text}; {specifier} is required", mend)
+
+
+def _extra(backend: str) -> dict[str, str]:
+    """What the extra of a backend asks for here: requirements by framework or package."""
+    try:
+        lines = metadata.requires("horovod-lm") or []
+    except metadata.PackageNotFoundError:
+        return {backend: backend}
+    found = {}
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker and marker.evaluate({"extra": backend}) and not marker.evaluate({"extra": ""}):
+            name = requirement.name
+            package = "tensorflow" if name in DISTRIBUTIONS["tensorflow"] else name
+            found[package] = f"{name}{requirement.specifier}"
+    return found
 
 
 def check_horovod(_: list[Finding]) -> Iterator[Finding]:
@@ -158,7 +157,8 @@ def check_horovod(_: list[Finding]) -> Iterator[Finding]:
     present = [backend for backend in BACKENDS if version_of(backend)]
     faults = {backend: horovod.fault(backend) for backend in present}
     if not present:
-        yield Finding("horovod", "error", "no framework is installed, so Horovod can't be checked")
+        text = "no framework is installed, and Horovod is built for the ones that are"
+        yield Finding("horovod", "error", text, f"install one, then: {build_command()}")
         return
     for fault in dict.fromkeys(filter(None, faults.values())):
         yield Finding(

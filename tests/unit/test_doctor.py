@@ -141,7 +141,7 @@ def test_old_frameworks_are_errors(fake_framework):
     fake_framework("torch", "2.1.0")
     found = {f.check: f for f in findings(software.check_frameworks) if f.check == "torch"}
     assert found["torch"].level == "error"
-    assert found["torch"].text.startswith("torch 2.1.0; torch>=2.9 is required")
+    assert found["torch"].text.startswith("torch 2.1.0; >=2.9 is required")
 
 
 def test_without_compiler_and_mpi(monkeypatch, tmp_path):
@@ -206,6 +206,20 @@ def test_gpus_beside_a_torch_for_processors(monkeypatch, tmp_path, fake_framewor
     assert present.text == "1: NVIDIA H100 80GB HBM3"
     assert unused.level == "warning"
     assert "is a build for processors" in unused.text
+
+
+@pytest.mark.parametrize("switches", [{}, {"HOROVOD_GPU_OPERATIONS": "NCCL"}])
+def test_gpus_beside_a_horovod_without_nccl(
+    monkeypatch, tmp_path, fake_framework, fake_horovod, switches
+):
+    fake_framework("torch", "2.13.0+cu130")
+    fake_horovod("0.28.1+lm1", {"frameworks": {}, "switches": switches, "cuda": "nvcc 13"})
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    levels = [finding.level for finding in findings(machine.check_gpus)]
+    assert levels == (["ok"] if switches else ["ok", "warning"])
 
 
 def test_a_cache_that_does_not_exist_yet_is_measured_where_it_will_be(monkeypatch, tmp_path):
@@ -297,7 +311,7 @@ def test_doctor_without_any_framework(tmp_path):
     assert answer["works"] is False
     levels = {f["check"]: (f["level"], f["mend"]) for f in answer["findings"]}
     assert levels["torch"][0] == levels["tensorflow"][0] == levels["horovod"][0] == "error"
-    assert "horovod-lm[torch]" in levels["torch"][1]
+    assert "pip install 'torch" in levels["torch"][1]
     assert not any(check.endswith("x 2") for check in levels)
 
 
