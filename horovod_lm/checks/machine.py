@@ -153,7 +153,7 @@ def check_gpus(_: list[Finding]) -> Iterator[Finding]:
             "gpus",
             "warning",
             f"torch {torch} is a build for processors and won't use them",
-            f"{sys.executable} -m pip install torch from a CUDA index, then build Horovod anew",
+            "install torch from one of its CUDA indexes (pytorch.org lists them), then build Horovod anew",
         )
         return
     switches = Horovod.find().record.get("switches")
