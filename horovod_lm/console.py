@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from horovod_lm.topology import place
+
 
 class TrainingConsole(AbstractContextManager["TrainingConsole"]):
     """A sink for metrics rows."""
@@ -17,7 +19,8 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
         self._steps, self._log_every = steps, log_every
         self._tokens = self._seconds = 0.0
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        # Under a launcher stdout may be a pseudo-terminal of the launcher's, not a person's.
+        if sys.stdout.isatty() and place().launcher is None:
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
