@@ -168,11 +168,11 @@ class Engine:
         arrays = (loss.targets.reshape(-1), weights, weights * np.float32(coefficient))
         return tuple(map(tf.constant, arrays))
 
-    def _losses(self, hidden, losses, heads, need: bool) -> tuple[list, list]:
+    def _losses(self, hidden, losses, heads) -> tuple[list, list]:
         """The scaled losses and the sums of nll."""
         rows = tf.reshape(hidden, [-1, hidden.shape[-1]])
         results = [
-            head_loss(rows, self.model.head_kernel(head), *arrays, self.model.half, need)
+            head_loss(rows, self.model.head_kernel(head), *arrays, self.model.half)
             for head, arrays in zip(heads, losses, strict=True)
         ]
         scaled, nll_sums = zip(*results, strict=True)
@@ -185,7 +185,7 @@ class Engine:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             hidden = self.model(tokens, words)
-            scaled, nll_sums = self._losses(hidden, losses, heads, True)
+            scaled, nll_sums = self._losses(hidden, losses, heads)
             total = tf.add_n(scaled)
         gradients = [tf.reshape(g, [-1]) for g in tape.gradient(total, values)]
         tail = [tf.stack(nll_sums) / normalisers, tf.zeros(self.communicator.size)]
@@ -193,7 +193,7 @@ class Engine:
 
     @tf.function
     def _nll_sums(self, tokens, losses, heads) -> tf.Tensor:
-        return tf.stack(self._losses(self.model(tokens), losses, heads, False)[1])
+        return tf.stack(self._losses(self.model(tokens), losses, heads)[1])
 
     @tf.function
     def _logits(self, tokens) -> tf.Tensor:

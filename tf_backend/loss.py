@@ -9,8 +9,8 @@ from tf_backend.precision import product
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
 
-def _chunk(hidden, kernel, targets, weights, coefficients, half, need):
-    """Both sums of one chunk of rows, and with `need` its dh and its share of dW^T."""
+def _chunk(hidden, kernel, targets, weights, coefficients, half):
+    """Both sums of one chunk of rows, its dh and its share of dW^T."""
     z = tf.cast(product(hidden, kernel, half), tf.float32)
     z -= tf.reduce_max(z, -1, keepdims=True)
     cells = tf.stack([tf.range(len(targets)), targets], 1)
@@ -19,8 +19,6 @@ def _chunk(hidden, kernel, targets, weights, coefficients, half, need):
     total = tf.reduce_sum(exponentials, -1)
     nll = tf.math.log(total) - picked
     sums = tf.stack([tf.reduce_sum(weights * nll), tf.reduce_sum(coefficients * nll)])
-    if not need:
-        return sums, None, None
     d_z = exponentials * (coefficients / total)[:, None]
     d_z = tf.tensor_scatter_nd_sub(d_z, cells, coefficients)
     d_hidden = product(d_z, tf.transpose(kernel), half)
@@ -35,11 +33,10 @@ def head_loss(
     weights_N: tf.Tensor,
     coefficients_N: tf.Tensor,
     half: tf.DType | None,
-    need: bool,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Two sums over the rows of their negative log-likelihood in nats: times `coefficients` (the
-    differentiable one), and times `weights`. `targets` are int32; `need` says whether gradients
-    will be asked for.
+    differentiable one), and times `weights`. `targets` are int32. To be called in a `tf.function`,
+    which leaves the gradients out where nobody asks for them.
 
     With z = h W, p = softmax(z) and c the rows' coefficients: L = sum c (logsumexp(z) - z_y),
     dz = c (p - onehot(y)), dh = dz W^T, dW = h^T dz. Gradients are made in the forward, while the
@@ -48,23 +45,22 @@ def head_loss(
 
     @tf.custom_gradient
     def forward(hidden, kernel):
-        sums, d_hidden, d_kernel = tf.zeros(2), [], None
+        sums, d_hidden, d_table = tf.zeros(2), [], 0.0
         for start in range(0, hidden.shape[0], ROWS):
             part = slice(start, start + ROWS)
             # One chunk after the other: side by side their logits would not fit the cache.
-            with tf.control_dependencies([sums] if d_kernel is None else [d_kernel]):
-                rows = [tf.identity(x[part]) for x in (hidden, targets_N, weights_N)]
-            coefficients = coefficients_N[part]
-            chunk, dh, dw = _chunk(rows[0], kernel, *rows[1:], coefficients, half, need)
+            with tf.control_dependencies([sums]):
+                rows = tf.identity(hidden[part])
+            chunk, d_rows, d_part = _chunk(
+                rows, kernel, targets_N[part], weights_N[part], coefficients_N[part], half
+            )
             sums += chunk
-            d_hidden.append(dh)
-            if need:
-                d_kernel = dw if d_kernel is None else d_kernel + dw
+            d_hidden.append(d_rows)
+            d_table += d_part
 
         def backward(gradient, _):
             # dW is made transposed, as a tied kernel lies in memory; transposing twice is free.
-            d_table = d_kernel * gradient
-            return tf.concat(d_hidden, 0) * gradient, tf.transpose(d_table)
+            return tf.concat(d_hidden, 0) * gradient, tf.transpose(d_table * gradient)
 
         return (sums[1], sums[0]), backward
 

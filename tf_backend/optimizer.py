@@ -12,19 +12,20 @@ from tf_backend.weights import Weights
 
 
 @tf.function
-def _sum_of_squares(parts: list[tf.Tensor]) -> tf.Tensor:
+def _sum_of_squares(weights: Weights, gradients: tf.Tensor) -> tf.Tensor:
     # l2_loss halves, which is exact; it is the one kernel that squares and sums in one pass.
-    return 2 * tf.add_n([tf.cast(tf.nn.l2_loss(part), tf.float64) for part in parts])
+    halves = [tf.nn.l2_loss(part) for part in weights.views(gradients)]
+    return 2 * tf.add_n([tf.cast(half, tf.float64) for half in halves])
 
 
 def global_norm(weights: Weights) -> float:
     """L2 norm of the whole gradient: the square root of fp64-added sums of squares of each
     tensor. (One fp32 norm over a flat buffer is off by 1e-3 at 20 million elements.) inf or nan
     exactly where an element of the gradient is."""
-    gradients = weights.views(weights.gradients)
-    total = float(_sum_of_squares(gradients))
+    total = float(_sum_of_squares(weights, weights.gradients))
     if not math.isfinite(total):  # the elements may be finite and only their squares too large
-        total = float(tf.add_n([tf.reduce_sum(tf.cast(g, tf.float64) ** 2) for g in gradients]))
+        elements = tf.cast(weights.gradients[: weights.size], tf.float64)
+        total = float(tf.reduce_sum(tf.square(elements)))
     return math.sqrt(total) if total >= 0 else math.nan
 
 
@@ -49,16 +50,15 @@ class AdamW:
         settings = self.settings
         first = 1 - settings.beta1**update
         second = 1 - settings.beta2**update
-        self._update(
-            self.weights.gradients,
-            np.float32(1 - learning_rate * settings.weight_decay),
-            np.float32(learning_rate / first),
-            np.float32(1 / math.sqrt(second)),
+        coefficients = (
+            1 - learning_rate * settings.weight_decay,
+            learning_rate / first,
+            1 / math.sqrt(second),
         )
+        self._update_all(self.weights.gradients, *map(np.float32, coefficients))
 
     @tf.function
-    def _update(self, gradients, keep, rate, second_correction) -> None:
-        beta1, beta2 = self.settings.beta1, self.settings.beta2
+    def _update_all(self, gradients, decay_factor, rate, correction) -> None:
         parts = zip(
             self.weights.values,
             self.weights.views(gradients),
@@ -67,9 +67,16 @@ class AdamW:
             self.weights.decays,
             strict=True,
         )
-        for value, gradient, first, second, decay in parts:
-            m = first.assign(beta1 * first + (1 - beta1) * gradient)
-            v = second.assign(beta2 * second + (1 - beta2) * tf.square(gradient))
-            kept = value * keep if decay else value
-            divisor = tf.sqrt(v) * second_correction + self.settings.epsilon
-            value.assign(kept - rate * m / divisor)
+        for value, gradient, first, second, decays in parts:
+            factor = decay_factor if decays else tf.constant(1.0)
+            self._update(value, gradient, first, second, factor, rate, correction)
+
+    # XLA makes one pass of this where TensorFlow makes a dozen. It is compiled once for a shape;
+    # as one function of all variables its compilation took seconds.
+    @tf.function(jit_compile=True)
+    def _update(self, value, gradient, first, second, factor, rate, correction) -> None:
+        beta1, beta2 = self.settings.beta1, self.settings.beta2
+        m = first.assign(beta1 * first + (1 - beta1) * gradient)
+        v = second.assign(beta2 * second + (1 - beta2) * tf.square(gradient))
+        divisor = tf.sqrt(v) * correction + self.settings.epsilon
+        value.assign(value * factor - rate * m / divisor)

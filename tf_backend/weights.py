@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -47,8 +48,8 @@ class Weights:
         self.values: list[tf.Variable] = [own[name] for name in order]
         self.decays = list(order.values())
         self.sizes = [math.prod(value.shape) for value in self.values]
-        self.size = sum(self.sizes)
-        self.tail = tail
+        self._ends = list(itertools.accumulate(self.sizes))
+        self.size = self._ends[-1]
         self.gradients = tf.zeros(self.size + tail)
 
     def read(self, buffer: Sequence[tf.Tensor | tf.Variable]) -> dict[str, np.ndarray]:
@@ -75,7 +76,8 @@ class Weights:
 
     def views(self, buffer: tf.Tensor) -> list[tf.Tensor]:
         """The own tensors in a flat buffer, each in its shape."""
-        parts = tf.split(buffer, [*self.sizes, self.tail])[:-1]
+        # Slices and not tf.split, which copies.
+        parts = [buffer[end - size : end] for size, end in zip(self.sizes, self._ends, strict=True)]
         return [tf.reshape(p, v.shape) for p, v in zip(parts, self.values, strict=True)]
 
     def first_not_finite(self, buffer: tf.Tensor) -> str | None:
