@@ -41,7 +41,7 @@ REPORT = "report.json"
 # A sleeping job must not sleep so long that anything in it takes the others for dead.
 SLICE_SECONDS = 12.0
 MOST_ROUNDS, LEAST_ROUNDS, STEPS_OF_A_ROUND = 7, 3, 20
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
 
 
 def compare(config: Config, output: Path) -> int:

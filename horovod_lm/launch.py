@@ -289,9 +289,10 @@ class Guard:
 _TAG = re.compile(r"^(?:\[(?:\d+,)?(\d+)\]<std(?:out|err)>: ?|(\d+): )")
 _NOISE = re.compile(
     r"^(-{20,}|prterun |mpirun |PRTE |srun: |Process \d+ exit with status code|"
-    r"Terminating remaining workers|WARNING: All log messages before absl|I0000 00:00|"
-    r"\[[^\]]*:\d+\] )"
+    r"Terminating remaining workers|\[[^\]]*:\d+\] )"
 )
+# TensorFlow greets each process with these, whatever its log level is.
+_GREETING = re.compile(r"^(WARNING: All log messages before absl|I0000 00:00|To enable the follow)")
 
 
 def clean_log(text: str, rank: int | None = None) -> list[str]:
@@ -303,12 +304,13 @@ def clean_log(text: str, rank: int | None = None) -> list[str]:
         if tag is None:
             if line.startswith("-" * 20):  # Open MPI draws a line above and below its messages
                 boxed = not boxed
-            elif rank is None and not boxed and line.strip() and not _NOISE.match(line):
-                lines.append(line)
+            elif rank is None and not boxed and line.strip():
+                lines += [] if _NOISE.match(line) or _GREETING.match(line) else [line]
             continue
         number = int(tag.group(1) or tag.group(2))
-        if rank is None or number == rank:
-            lines.append(line[tag.end() :])
+        said = line[tag.end() :]
+        if (rank is None or number == rank) and not _GREETING.match(said):
+            lines.append(said)
     return lines
 
 

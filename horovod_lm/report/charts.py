@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from horovod_lm.report.results import CURVE_MARGIN, PART_WORDS, Comparison
+from horovod_lm.report.results import CURVE_MARGIN, PART_WORDS, Comparison, digits
 from horovod_lm.report.runs import PARTS, mean_parts
 
 # Okabe and Ito's blue and vermillion: told apart by colour-blind eyes and, by lightness, in print.
@@ -177,7 +177,7 @@ def _parts(comparison: Comparison) -> Chart | None:
         values = [sum(parts.values()), *(parts[name] for name in PARTS)]
         places = [row + (0.2 if i else -0.2) for row in range(len(names))]
         bars = axes.barh(places, values, 0.36, color=COLOURS[i], hatch="//" if i else None)
-        axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=9)
+        axes.bar_label(bars, [digits(v) for v in values], padding=3, fontsize=9)
         axes.annotate(
             comparison.names[i],
             (values[0], places[0]),

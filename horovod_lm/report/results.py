@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -228,7 +229,7 @@ class Comparison:
         if not self.rounds:
             return [Line("tokens per second", (None, None), "no rounds")]
         medians = statistics.median(speeds[0]), statistics.median(speeds[1])
-        spans = [f"{_digits(min(s))}–{_digits(max(s))}" for s in speeds]
+        spans = [f"{digits(min(s))}–{digits(max(s))}" for s in speeds]
         ratios = [r.ratio for r in self.rounds]
         ratio = statistics.median(ratios)
         many = _count(len(self.rounds), "round")
@@ -312,7 +313,7 @@ def cell(line: Line, which: int) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    return _digits(value) if line.decimals is None else f"{value:,.{line.decimals}f}"
+    return digits(value) if line.decimals is None else f"{value:,.{line.decimals}f}"
 
 
 def aligned(cells: Sequence[str], figure: str = " ", point: str = " ") -> list[str]:
@@ -334,10 +335,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _digits(value: float) -> str:
-    """A value of at least three significant digits, without an exponent down to 0.001."""
-    decimals = next((d for d, least in enumerate((100, 10, 1)) if abs(value) >= least), 3)
-    return f"{value:,.{decimals}f}"
+def digits(value: float) -> str:
+    """A value with three significant digits, or all of those before the point."""
+    places = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(places, 0), 5)}f}"
 
 
 def _difference(values: tuple[float | None, float | None]) -> str:

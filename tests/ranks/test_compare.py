@@ -1,0 +1,153 @@
+"""`horovod-lm compare` on two real ranks of each backend, and its ways to end early."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import matplotlib
+import psutil
+import pytest
+
+from horovod_lm.installed import Horovod
+from horovod_lm.launch import MARKER
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("torch") and find_spec("tensorflow") and Horovod.find().is_ours),
+    reason="needs torch, tensorflow and our Horovod",
+)
+
+CONFIG = """
+[model]
+width = 64
+layers = 1
+heads = 2
+feed_forward = 256
+context = 32
+dropout = 0.1
+[data]
+text = ["text.txt"]
+vocabulary = 300
+[train]
+steps = 240
+global_batch_size = 6
+[evaluation]
+windows = 8
+[launch]
+ranks = 2
+threads = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    source = random.Random(1)
+    words = ["a", "rank", "waits", "for", "the", "other", "one", "and", "then", "they", "add"]
+    text = "\n\n".join(" ".join(source.choices(words, k=30)) + "." for _ in range(400))
+    (folder / "text.txt").write_text(text)
+    (folder / "tiny.toml").write_text(CONFIG)
+    return folder / "tiny.toml"
+
+
+def start(config, output, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "horovod_lm", "compare", str(config), "--output", str(output),
+         *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a cache of its own, but not of matplotlib's list of fonts, which takes seconds
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(config.parent / "cache"),
+            "MPLCONFIGDIR": matplotlib.get_configdir(),
+        },
+    )  # fmt: skip
+
+
+def processes_of(driver):
+    """Processes of the driver's jobs, however they are related to it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER, "").startswith(f"{driver.pid}-"):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def awake_ranks(driver, rank):
+    found = []
+    for process in processes_of(driver):
+        try:
+            if process.environ().get("OMPI_COMM_WORLD_RANK") == rank:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [process for process in found if process.status() != psutil.STATUS_STOPPED]
+
+
+def read_until(driver, text):
+    seen = []
+    for line in driver.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(seen))
+
+
+def test_both_backends_train_the_same_model_and_the_report_says_so(config, tmp_path):
+    output = tmp_path / "out"
+    driver = start(config, output)
+    text, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, text
+    assert processes_of(driver) == []
+    assert "The two backends train the same model" in text
+    assert text.rstrip().endswith(f"report: {output / 'report.html'}")
+    report = json.loads((output / "report.json").read_text())
+    assert report["state"] == "finished" and report["same"] is True
+    assert len(report["rounds"]) >= 3
+    for backend in ("torch", "tensorflow"):
+        assert report["runs"][backend]["state"] == "finished"
+        assert report["runs"][backend]["ranks"] == 2
+    turns = sorted((s["begin"], s["end"]) for s in report["slices"])
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(turns)), "turns overlap"
+    again = start(config, output)
+    text, _ = again.communicate(timeout=60)
+    assert again.returncode == 2 and "in use" in text
+
+
+def test_ctrl_c_ends_the_one_asleep_and_the_one_awake(config, tmp_path):
+    driver = start(config, tmp_path / "out")
+    read_until(driver, "TensorFlow: starting")
+    assert any(process.status() == psutil.STATUS_STOPPED for process in processes_of(driver))
+    time.sleep(2)
+    begin = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    text, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert time.monotonic() - begin < 20
+    assert "Traceback" not in text
+    assert processes_of(driver) == []
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["state"] == "stopped"
+
+
+def test_a_rank_that_dies_ends_both_runs_and_is_named(config, tmp_path):
+    driver = start(config, tmp_path / "out", "--set", "train.steps=100000")
+    read_until(driver, "TensorFlow: starting")
+    end = time.monotonic() + 20
+    while not (awake := awake_ranks(driver, "1")) and time.monotonic() < end:
+        time.sleep(0.1)
+    awake[0].kill()
+    text, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert "TensorFlow's run failed: rank 1 was ended by signal 9" in text
+    assert processes_of(driver) == []
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["state"] == "failed"
