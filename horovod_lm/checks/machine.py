@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,7 +152,7 @@ def check_gpus(_: list[Finding]) -> Iterator[Finding]:
             "gpus",
             "warning",
             f"torch {torch} is a build for processors and won't use them",
-            "install torch from one of its CUDA indexes (pytorch.org lists them), then build Horovod anew",
+            "install torch from a CUDA index (pytorch.org lists them), then build Horovod anew",
         )
         return
     switches = Horovod.find().record.get("switches")
