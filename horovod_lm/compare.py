@@ -142,7 +142,7 @@ class _Driver:
         self._names = [display_name(backend) for backend in BACKENDS]
         self._marker = new_marker()
         self._jobs = [
-            Job(name, f"{self._marker}/{backend}")
+            Job(name, f"{self._marker}/{backend}", elsewhere=config.launch.hosts is not None)
             for name, backend in zip(self._names, BACKENDS, strict=True)
         ]
         self._followers = [Follower(output / b / "metrics.jsonl") for b in BACKENDS]
@@ -257,7 +257,9 @@ class _Driver:
                 raise KeyboardInterrupt
             self._signal = number
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, note) for number in numbers}
         try:
             yield

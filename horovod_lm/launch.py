@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
-from horovod_lm.errors import UserError
+from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.topology import usable_cores
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MARKER = "HOROVOD_LM_JOB"
 # A rank knows its number from its launcher; the launchers' own helpers have none of these.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "HOROVOD_RANK", "SLURM_PROCID")
+_PASSING_ON = ("prterun", "mpirun")  # launchers that pass signals on to ranks elsewhere
 _EXIT_CODES = (1, 2, 3, 75, 130)
 
 
@@ -133,6 +134,13 @@ def _send(processes: Iterable[psutil.Process], number: int) -> None:
             continue  # it has ended meanwhile
 
 
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except (psutil.Error, OSError):
+        return ""
+
+
 def kill_all(marker: str, patience: float = 10.0) -> None:
     """End every process that carries the marker, stopped ones too, at once."""
     end = time.monotonic() + patience
@@ -145,11 +153,12 @@ class Job:
     """One launcher process and its ranks.
 
     Not thread-safe. The job runs in a session of its own, so that Ctrl-C on the terminal reaches
-    the driver alone, which then ends its jobs in order.
+    the driver alone, which then ends its jobs in order. With `elsewhere`, ranks may be on other
+    hosts too.
     """
 
-    def __init__(self, name: str, marker: str) -> None:
-        self.name, self.marker = name, marker
+    def __init__(self, name: str, marker: str, elsewhere: bool = False) -> None:
+        self.name, self.marker, self.elsewhere = name, marker, elsewhere
         self.asleep = False
         self.process: subprocess.Popen[bytes] | None = None
         self.log_file: Path | None = None
@@ -172,13 +181,26 @@ class Job:
             raise UserError(f"{arguments[0]} can't be started: {error.strerror}") from None
 
     def pause(self) -> None:
-        """Stop every process of the job; it costs no CPU time until `resume`."""
+        """Stop every process of the job; it costs no CPU time until `resume`.
+
+        Ranks on other hosts are stopped by mpirun, which passes SIGTSTP and SIGCONT on; other
+        launchers do not, and there they wait for the ranks of this machine. Raises `RunFailed` if
+        this machine has none.
+        """
         self.asleep = True
-        seen: set[int] = set()
+        passing_on = [p for p in members(self.marker) if _name(p) in _PASSING_ON]
+        passing_on = passing_on if self.elsewhere else []
+        _send(passing_on, signal.SIGTSTP)
+        seen = {process.pid for process in passing_on}
         # A process may have been born between the scan and the signal: look until none is new.
         while new := [p for p in members(self.marker) if p.pid not in seen]:
             _send(new, signal.SIGSTOP)
             seen |= {process.pid for process in new}
+        if not passing_on and not self._ranks() and not self.wait(2.0):
+            raise RunFailed(
+                f"all ranks of {self.name}'s run are on other machines, where they can't be put to "
+                f"sleep; use launch.launcher = mpirun"
+            )
 
     def resume(self) -> None:
         """Continue after `pause`."""
@@ -204,8 +226,9 @@ class Job:
         try:
             if self.process is not None and self.process.poll() is None:
                 self.resume()
-                _send(self._ranks(), signal.SIGINT)
-                if not self.wait(grace):
+                ranks = self._ranks()
+                _send(ranks, signal.SIGINT)
+                if not ranks or not self.wait(grace):
                     self.process.terminate()
                     self.wait(grace / 2)
         finally:

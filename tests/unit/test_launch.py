@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from horovod_lm.config import make_config
-from horovod_lm.errors import UserError
+from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.launch import (
     Guard,
     Job,
@@ -66,14 +66,15 @@ def job(tmp_path):
     """A function that starts two ranks and waits until both compute; whatever it started ends."""
     jobs = []
 
-    def start(*arguments, wait=True):
+    def start(*arguments, wait=True, hosts=None):
         script = tmp_path / "rank.py"
         script.write_text(RANK)
-        job = Job("test", new_marker())
+        job = Job("test", new_marker(), elsewhere=hosts is not None)
         jobs.append(job)
         program = [sys.executable, str(script), str(tmp_path / "up"), *arguments]
         environment = launch_environment({}, job.marker)
-        job.start(launch_command(configured(), program), environment, tmp_path / "log")
+        command = launch_command(configured(hosts=hosts), program)
+        job.start(command, environment, tmp_path / "log")
         end = time.monotonic() + 30
         while wait and not all((tmp_path / f"up{rank}").exists() for rank in (0, 1)):
             assert job.poll() is None and time.monotonic() < end, job.tail()
@@ -90,15 +91,19 @@ def cpu_seconds(job):
 
 
 @needs_mpirun
-def test_a_sleeping_job_uses_no_processor_time_and_goes_on(job):
-    running = job()
+@pytest.mark.parametrize("hosts", [None, "localhost:2"])  # with hosts, mpirun passes the stop on
+def test_a_sleeping_job_uses_no_processor_time_and_goes_on(job, hosts):
+    running = job(hosts=hosts)
     running.pause()
+    time.sleep(0.1)
     before = cpu_seconds(running)
     time.sleep(0.5)
     assert cpu_seconds(running) == before
     running.resume()
-    time.sleep(0.5)
-    assert cpu_seconds(running) > before + 0.1
+    end = time.monotonic() + 20  # a busy machine may take its time
+    while cpu_seconds(running) <= before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert cpu_seconds(running) > before
 
 
 @needs_mpirun
@@ -137,6 +142,17 @@ def test_a_rank_that_is_killed_is_a_failed_run_and_named(job):
     assert failed.wait(30)
     assert failed.exit_code == 1
     assert failed.why().startswith("rank 1 was ended by signal 9")
+
+
+def test_ranks_that_are_elsewhere_can_not_be_put_to_sleep():
+    job = Job("test", new_marker())
+    job.start(["sleep", "60"], launch_environment({}, job.marker), Path(os.devnull))
+    try:
+        with pytest.raises(RunFailed, match="on other machines"):
+            job.pause()
+    finally:
+        job.stop()
+    assert members(job.marker) == []
 
 
 @needs_mpirun
