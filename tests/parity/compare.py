@@ -1,0 +1,26 @@
+"""How far two sets of tensors are apart, by the words of the project's design."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / |b| in fp64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def differences(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """By name; a tensor of `b` whose norm is under 1e-6 of the whole is judged against the
+    whole."""
+    assert list(a) == list(b)
+    norms = {name: float(np.linalg.norm(array.astype(np.float64))) for name, array in b.items()}
+    whole = float(np.linalg.norm(list(norms.values())))
+    result = {}
+    for name, array in a.items():
+        distance = np.linalg.norm(array.astype(np.float64) - b[name].astype(np.float64))
+        result[name] = float(distance) / (whole if norms[name] < 1e-6 * whole else norms[name])
+    return result
