@@ -123,11 +123,15 @@ def _apart(comparison: Comparison) -> Chart | None:
     curves = comparison.curves
     if curves is None:
         return None
-    kept = thin(curves.steps, [curves.differences], _POINTS)
+    kept = thin(curves.steps, [curves.differences], _POINTS // 2)
     steps = [curves.steps[i] for i in kept]
     differences = [curves.differences[i] for i in kept]
+    thinned = ""
+    if len(kept) < len(curves.steps):
+        thinned = " Of a run this long, the least and the most of each stretch are drawn."
     figure, axes = _axes("step", "|difference|, nats")
-    axes.semilogy(steps, [max(d, _FLOOR) for d in differences], color=_INK, linewidth=1)
+    # Dots: equal losses, at the floor, stand between others, and a line would be all spikes.
+    axes.semilogy(steps, [max(d, _FLOOR) for d in differences], ".", color=_INK, markersize=4)
     ends = []
     if comparison.same is not None:
         axes.axhline(CURVE_MARGIN, color=_INK, linewidth=0.8, linestyle=":")
@@ -140,7 +144,7 @@ def _apart(comparison: Comparison) -> Chart | None:
             figure, "apart", "Absolute difference of the two losses by step, on a logarithmic axis"
         ),
         f"Farthest apart at step {curves.at}: {curves.largest:.1e} nats. Differences below "
-        f"{_FLOOR:.0e} are drawn at it.",
+        f"{_FLOOR:.0e} are drawn at it.{thinned}",
         _hover(axes, "step", steps, {"difference": differences}),
     )
 
