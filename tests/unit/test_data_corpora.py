@@ -55,9 +55,11 @@ def test_the_quickstart_s_corpus(tmp_path, monkeypatch):
         pytest.skip(f"no network: {error}")
     assert lines[0].startswith("fetching corpus:wikipedia-introductions")
     assert len(prepared.train.documents) == 9531 and len(prepared.validation.documents) == 502
-    assert len(prepared.train) > 1_000_000
+    assert len(prepared.train) == 1_128_581 and len(prepared.validation) == 59_278
     assert prepared.tokenizer.vocabulary == 8192
-    assert 6.5 < prepared.unigram_entropy < 7.5
+    assert prepared.unigram_entropy == pytest.approx(7.083848, abs=1e-6)
+    # The same on every machine: a version of tokenizers that learns other merges shows here.
+    assert prepared.manifest["digest"].startswith("28f2d1c46f913940")
     folder = tmp_path / "horovod_lm" / "data" / "corpora" / "wikipedia-introductions-0.0.7"
     assert sorted(path.name for path in folder.iterdir()) == ["ATTRIBUTION.txt", "text.txt"]
     attribution = (folder / "ATTRIBUTION.txt").read_text(encoding="utf-8")
