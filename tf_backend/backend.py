@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+
+from horovod_lm.backend import EngineSettings
+from horovod_lm.errors import UserError
+from horovod_lm.spec import ModelSpec
 
 # Read by the imports below: Keras must run on TensorFlow, whatever a user's keras.json says, and
 # TensorFlow's notes about its build are of no use to a reader of training logs.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
-import tensorflow as tf
 
-from horovod_lm.backend import EngineSettings
-from horovod_lm.errors import UserError
-from horovod_lm.spec import ModelSpec
-from tf_backend.communicator import Communicator
-from tf_backend.engine import Engine
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing reaches stderr, not from C++ either. TensorFlow's library writes a note on oneDNN
+    as it is loaded, before it looks at its log level."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+with _silence():
+    import keras
+    import tensorflow as tf
+
+    from tf_backend.communicator import Communicator
+    from tf_backend.engine import Engine
 
 
 class Backend:

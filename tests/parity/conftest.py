@@ -67,7 +67,7 @@ def backends():
 @pytest.fixture(scope="session")
 def make_pair(backends):
     def make(precision: str = "fp32", **changes) -> Pair:
-        small = dict(vocabulary=61, context=70, width=16, layers=2, heads=2)
+        small = {"vocabulary": 61, "context": 70, "width": 16, "layers": 2, "heads": 2}
         spec = ModelSpec(**(small | changes))
         settings = EngineSettings(precision=precision, seed=SEED, weight_decay=0.1)
         engines = [b.engine(spec, settings, communicator) for b, communicator in backends]

@@ -11,16 +11,22 @@ from tests.parity.conftest import ROWS, SEED, micro_batch, starting_weights
 from tests.parity.reference import Reference
 
 VARIANTS = {
-    "pre": dict(dropout=0, attention_dropout=0),
-    "pre-dropout": dict(),
-    "post-sinusoidal-untied-tanh": dict(
-        norm_placement="post", positions="sinusoidal", tied=False, activation="gelu_tanh"
-    ),
-    "post-relu-key-bias": dict(
-        norm_placement="post", activation="relu", key_bias=True, attention_dropout=0
-    ),
-    "no-bias-sinusoidal": dict(bias=False, positions="sinusoidal", dropout=0),
-    "untied-relu": dict(tied=False, activation="relu", feed_forward=24),
+    "pre": {"dropout": 0, "attention_dropout": 0},
+    "pre-dropout": {},
+    "post-sinusoidal-untied-tanh": {
+        "norm_placement": "post",
+        "positions": "sinusoidal",
+        "tied": False,
+        "activation": "gelu_tanh",
+    },
+    "post-relu-key-bias": {
+        "norm_placement": "post",
+        "activation": "relu",
+        "key_bias": True,
+        "attention_dropout": 0,
+    },
+    "no-bias-sinusoidal": {"bias": False, "positions": "sinusoidal", "dropout": 0},
+    "untied-relu": {"tied": False, "activation": "relu", "feed_forward": 24},
 }
 STEP = 3
 
