@@ -67,7 +67,7 @@ _REASONS = (
         "HOROVOD_GPU_OPERATIONS is set, but this PyTorch is a CPU build. Install one for CUDA",
     ),
     (
-        r"CMAKE_C(XX)?_COMPILER",
+        r"is not able to compile a simple|No CMAKE_C(XX)?_COMPILER could be found",
         "The C++ compiler doesn't work. Install g++ (Debian: apt-get install g++)",
     ),
 )

