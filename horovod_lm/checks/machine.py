@@ -51,12 +51,13 @@ def check_polling(_: list[Finding]) -> Iterator[Finding]:
             f"{YIELD} is off: waiting ranks poll and take cores from others",
             "unset it: train and compare turn it on",
         )
-    yield Finding(
-        "launching",
-        "note",
-        "mpirun by itself binds a rank to one core, where all its threads then crowd",
-        "start your own jobs so: mpirun -np 2 --bind-to none horovod-lm train …",
-    )
+    if topology.usable_cores() > 2:  # two ranks could have more than the core they are bound to
+        yield Finding(
+            "launching",
+            "note",
+            "mpirun by itself binds each of two ranks to one core, and they train with one thread",
+            "start your own jobs so: mpirun -np 2 --bind-to none horovod-lm train …",
+        )
 
 
 def check_root(_: list[Finding]) -> Iterator[Finding]:

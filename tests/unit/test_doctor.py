@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from horovod_lm import topology
 from horovod_lm.checks import machine, software, two_ranks
 from horovod_lm.checks.finding import Finding
 from horovod_lm.doctor import examine
@@ -186,13 +187,18 @@ def test_root_is_told_what_mpirun_wants(monkeypatch):
 
 
 def test_polling_and_threads_that_fight_are_named(monkeypatch):
+    monkeypatch.setattr(topology, "usable_cores", lambda: 8)
     monkeypatch.setenv(machine.YIELD, "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1000")
     assert findings(machine.check_polling)[0].level == "warning"
     assert any("two ranks fight" in f.text for f in findings(machine.check_cores))
     monkeypatch.setenv(machine.YIELD, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert all(f.level != "warning" for f in findings(machine.check_polling))
+    (note,) = findings(machine.check_polling)
+    assert note.level == "note"
+    assert "--bind-to none" in note.mend
+    monkeypatch.setattr(topology, "usable_cores", lambda: 2)
+    assert findings(machine.check_polling) == []
     assert not any("two ranks fight" in f.text for f in findings(machine.check_cores))
 
 
