@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,22 @@ def claim(output: Path, config: Config) -> None:
 def _mark(output: Path, state: str, message: str) -> None:
     """Say in `report.json` that what lies in the folder is not whole."""
     values = {"schema": 1, "state": state, "message": message}
-    (output / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    with suppress(OSError):  # a full disk is what may have brought us here
+        (output / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_report(comparison: Comparison, output: Path) -> Path:
     from horovod_lm.report.page import write_page
 
     page = output / "report.html"
-    write_page(comparison, page)
     text = json.dumps(comparison.as_json(), indent=1, ensure_ascii=False)
-    (output / REPORT).write_text(text + "\n", encoding="utf-8")
+    try:
+        write_page(comparison, page)
+        (output / REPORT).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunFailed(
+            f"both runs are finished, but the report can't be written to {output}: {error.strerror}"
+        ) from None
     return page
 
 

@@ -178,7 +178,7 @@ class Job:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise UserError(f"{arguments[0]} can't be started: {error.strerror}") from None
+            raise UserError(f"{error.filename} can't be opened: {error.strerror}") from None
 
     def pause(self) -> None:
         """Stop every process of the job; it costs no CPU time until `resume`.

@@ -155,11 +155,10 @@ class Comparison:
         if curves is None:
             return "No step has a finite loss in both backends, so the curves can't be compared."
         last = curves.steps[-1]
-        extent = f"by at most {curves.early:.1e} nats over the first {min(last, CURVE_STEPS)} steps"
-        if last <= CURVE_STEPS:
-            extent = f"by at most {curves.largest:.1e} nats over {last} steps"
-        else:
-            extent += f" and {curves.largest:.1e} over all {last}"
+        extent = f"by up to {curves.largest:.1e} nats over {last} steps"
+        if last > CURVE_STEPS and curves.early < curves.largest:
+            early = f"by up to {curves.early:.1e} nats over the first {CURVE_STEPS} steps"
+            extent = f"{early} and {curves.largest:.1e} over all {last}"
         if self.same is None:
             return (
                 f"In {precision} the loss curves differ {extent}; each framework rounds in its "
@@ -167,9 +166,8 @@ class Comparison:
             )
         if self.same:
             return f"The two backends train the same model: their loss curves differ {extent}."
-        first = next(
-            s for s, d in zip(curves.steps, curves.differences, strict=True) if d > CURVE_MARGIN
-        )
+        pairs = zip(curves.steps, curves.differences, strict=True)
+        first = next(step for step, difference in pairs if difference > CURVE_MARGIN)
         return (
             f"The two backends differ: their loss curves are apart {extent}, more than the "
             f"{CURVE_MARGIN:.0e} nats of rounding, for the first time at step {first}."

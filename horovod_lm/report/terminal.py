@@ -33,6 +33,7 @@ class Display(AbstractContextManager["Display"]):
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
                 console=self.console,
+                refresh_per_second=2,  # the ranks need the cores
             )
             self._tasks = [self._bars.add_task("", total=steps, name=name) for name in names]
 
