@@ -108,11 +108,13 @@ def _losses(comparison: Comparison) -> Chart | None:
         axes.axhline(entropy, color=_INK, linewidth=0.8, linestyle=":")
         ends.append(("unigram entropy", entropy, _INK))
     _label_ends(axes, ends)
+    words = f"Loss of {comparison.names[0]} and {comparison.names[1]} by step"
+    svg = _svg(figure, "losses", words)
     hover = _hover(axes, "step", steps, dict(zip(comparison.names, losses, strict=True)))
     return Chart(
         "losses",
         "Do the losses coincide?",
-        _svg(figure, "losses", f"Loss of {comparison.names[0]} and {comparison.names[1]} by step"),
+        svg,
         f"Training loss of every step: {comparison.names[0]} broad, {comparison.names[1]} dashed "
         f"on top of it. Circles and squares: loss on the validation documents.",
         hover,
@@ -234,7 +236,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
 def _hover(
     axes: Axes, word: str, x: Sequence[int], series: dict[str, Sequence[float]]
 ) -> dict[str, Any]:
-    axes.figure.canvas.draw()
+    """Where the values are in a figure that has been drawn: drawing lays it out."""
     box, limits = axes.get_position(), axes.get_xlim()
     return {
         "word": word,

@@ -112,3 +112,16 @@ def test_thinning_keeps_peaks_and_ends():
     assert {0, 1234, 4321, 4999} <= set(kept)
     assert len(kept) <= 202 and kept == sorted(kept)
     assert thin(range(5), [values[:5]], 200) == [0, 1, 2, 3, 4]
+
+
+def test_hover_knows_where_the_axes_are_drawn(page):
+    data = json.loads(parse(page).data[0])
+    for identity, hover in data.items():
+        svg = re.search(rf'<figure id="{identity}">.*?</svg>', page, re.DOTALL).group()
+        width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+        # matplotlib's second patch is the background of the axes
+        path = re.search(rf'id="{identity}-patch_2">\s*<path d="([^"]*)"', svg).group(1)
+        numbers = list(map(float, re.findall(r"-?[\d.]+", path)))
+        xs, ys = numbers[0::2], numbers[1::2]
+        drawn = [min(xs) / width, min(ys) / height, max(xs) / width, max(ys) / height]
+        assert hover["axes"] == pytest.approx(drawn, abs=2e-3), identity
