@@ -18,8 +18,10 @@ REQUIRED = [
     "click>=8.2",
     "filelock>=3.16",
     "jinja2>=3.1",
+    "markupsafe>=3",
     "matplotlib>=3.10",
     "numpy>=2.2",
+    "packaging>=24",
     "psutil>=6.1",
     "pydantic>=2.11",
     "rich>=14",
@@ -65,7 +67,7 @@ setup(
             for below in ("", ".*")
         ]
     ),
-    package_data={"horovod_lm": ["py.typed", "report/*.html", "report/templates/*"]},
+    package_data={"horovod_lm": ["report/templates/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={
