@@ -307,18 +307,22 @@ JOBS = {"mpi": list(CHECKS), "gloo": list(CHECKS), "horovodrun-mpi": ["torch_all
 
 
 def main(folder: str, names: list[str]) -> None:
-    """One rank: runs the checks in order, and writes a line for each that passed."""
+    """One rank: runs the checks in order, and writes a line for each that passed.
+
+    TensorFlow comes in after torch's checks: loaded before them, it crashes the Triton of a CUDA
+    build of torch, with or without Horovod.
+    """
     import horovod.torch as hvd
 
     hvd.init()
     assert hvd.size() == RANKS
-    if any(not name.startswith("torch") for name in names):
-        import horovod.tensorflow
-
-        horovod.tensorflow.init()
     controller = "mpi" if hvd.mpi_enabled() else "gloo"
     with Path(folder, f"rank-{hvd.rank()}.jsonl").open("w") as results:
         for name in names:
+            if not name.startswith("torch"):
+                import horovod.tensorflow
+
+                horovod.tensorflow.init()
             CHECKS[name]()
             print(json.dumps([name, controller]), file=results, flush=True)
 
