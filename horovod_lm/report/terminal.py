@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -76,7 +77,8 @@ def _figures(follower: Follower) -> str:
         return ""
     recent = follower.steps[-10:]
     loss = recent[-1]["loss"]
-    rate = sum(row["tokens"] for row in recent) / max(sum(r["seconds"] for r in recent), 1e-9)
+    # the median, since a step that a pause cut has slept within its seconds
+    rate = statistics.median(row["tokens"] / max(row["seconds"], 1e-9) for row in recent)
     return f"loss {'–' if loss is None else f'{loss:.4f}'}  {rate:,.0f} tokens/s"
 
 
