@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
-from horovod_lm.errors import RunFailed
+from horovod_lm.errors import CollectiveFailed
+from horovod_lm.installed import require_horovod
 
 
 @contextmanager
@@ -17,13 +18,16 @@ def _collective():
     try:
         yield
     except (HorovodInternalError, tf.errors.OpError, ValueError) as error:
-        raise RunFailed(f"a collective failed, since another rank has ended: {error}") from error
+        raise CollectiveFailed(
+            f"a collective failed, since another rank has ended or stalled: {error}"
+        ) from error
 
 
 class Communicator:
     """The ranks of this job; see `horovod_lm.backend.Communicator`."""
 
     def __init__(self) -> None:
+        require_horovod("tensorflow")
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
