@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from horovod_lm.errors import UserError
+from horovod_lm.installed import require_horovod
 from horovod_lm.spec import ModelSpec
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -185,10 +186,6 @@ class Backend(Protocol):
 
 
 GROUP = "horovod_lm.backends"
-_MEND = {
-    "torch": "pip install 'horovod_lm[torch]'",
-    "tensorflow": "pip install 'horovod_lm[tensorflow]'",
-}
 
 
 def backend_names() -> Sequence[str]:
@@ -199,13 +196,18 @@ def backend_names() -> Sequence[str]:
 
 def load_backend(name: str, threads: int = 1) -> Backend:
     """The backend `name`, imported now and not before. Raises `UserError` if there is none of that
-    name or its framework is missing."""
+    name, or its framework or our Horovod is missing."""
     found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
     if not found:
         allowed = ", ".join(backend_names())
         raise UserError(f'launch.backend = "{name}" is not a backend; installed are: {allowed}')
     try:
         return found[0].load()(threads)
-    except ModuleNotFoundError as error:
-        mend = _MEND.get(name, "install what it needs")
-        raise UserError(f"backend {name} needs {error.name}, which is missing; {mend}") from error
+    except ImportError as error:
+        missing = error.name or ""
+        if not isinstance(error, ModuleNotFoundError) or missing.partition(".")[0] == "horovod":
+            require_horovod(name)
+        raise UserError(
+            f"backend {name} can't be imported: {error}; install {missing or 'what it needs'}, and "
+            f"see horovod-lm doctor"
+        ) from error

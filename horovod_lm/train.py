@@ -68,10 +68,11 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     threads = environment.apply(config)
     prepared = prepare(config)
     backend = load_backend(config.launch.backend, threads)
-    if dry_run:
-        return
     communicator = backend.communicator()
     try:
+        if dry_run:
+            make_engine(config, CausalLM(), backend, communicator)
+            return
         same_config(communicator, config, prepared)
         _Training(config, prepared, backend, communicator, threads, output, resume).run()
     except CollectiveFailed:
@@ -179,10 +180,14 @@ class _Training:
     def _start(self) -> int:
         """Give the engine and the scaler their state; returns the step to go on from."""
         folder = self.folder / "checkpoints"
-        found = None
+        trouble, name = None, ""
         if self.resume and self.communicator.rank == 0:
-            found = checkpoint.newest(folder, log=print)
-        name = self.communicator.broadcast(found.name.encode() if found else b"").decode()
+            try:
+                name = _newest_name(folder)
+            except Exception as error:
+                trouble = error
+        agree(self.communicator, trouble)
+        name = self.communicator.broadcast(name.encode()).decode()
         trouble, step = None, 0
         try:
             if name:
@@ -328,6 +333,17 @@ class _Training:
     def _say(self, text: str) -> None:
         if text and self.communicator.rank == 0:
             print(text, flush=True)
+
+
+def _newest_name(folder: Path) -> str:
+    """The newest valid checkpoint, "" if there is none at all. Raises `UserError` if there are
+    only damaged ones: to start anew in silence would lose them."""
+    found = checkpoint.newest(folder, log=print)
+    if found is None and any(folder.glob("step-*")):
+        raise UserError(
+            f"no checkpoint in {folder} is valid; restore one, or start a new run in another folder"
+        )
+    return found.name if found else ""
 
 
 def progress(

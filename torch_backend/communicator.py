@@ -10,6 +10,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from horovod_lm.errors import CollectiveFailed
+from horovod_lm.installed import require_horovod
 
 
 @contextmanager
@@ -26,6 +27,7 @@ class Communicator:
     """The ranks of this job; see `horovod_lm.backend.Communicator`."""
 
     def __init__(self) -> None:
+        require_horovod("torch")
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()

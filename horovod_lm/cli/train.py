@@ -57,10 +57,8 @@ def command(
     Alone this is one rank; under mpirun, srun or horovodrun it is one of as many as were started.
     """
     settings = load(config, overrides, backend=backend, output=output)
-    from horovod_lm.installed import require_horovod
     from horovod_lm.train import train
 
-    require_horovod(settings.launch.backend)
     train(settings, output=folder_of(settings), resume=resume, dry_run=dry_run)
     if dry_run:
         _plan(settings)
