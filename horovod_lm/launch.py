@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.topology import usable_cores
