@@ -66,6 +66,7 @@ def set_up(kind: str, clear: bool) -> None:
     check_machine()
     with stage(1, f"Python {own_version()} in {VENV.name}"):
         make_venv(clear)
+        forget_unfinished()
         pip("install", "-c", "constraints.txt", "pip", *BUILD_TOOLS)
     with stage(2, "Looking up what is to be installed"):
         report = look_up(EXTRAS[kind])
@@ -150,6 +151,17 @@ def make_venv(clear: bool) -> None:
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         raise SetUpError(f"{VENV} can't be made:\n{made.stdout}{made.stderr}")
+
+
+def forget_unfinished() -> None:
+    """Makes pip install again what it was installing when it was stopped.
+
+    A package counts as installed once its dist-info is there, which may be before its modules;
+    INSTALLER is what pip writes last.
+    """
+    for folder in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        if not (folder / "INSTALLER").exists():
+            shutil.rmtree(folder)
 
 
 def look_up(extras: list[str]) -> dict:

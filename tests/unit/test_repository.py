@@ -71,6 +71,16 @@ def test_everything_is_in_the_tree(tracked: list[Path]) -> None:
     assert not missing, f"the README's tree lacks {', '.join(sorted(missing))}"
 
 
+def test_no_source_is_ignored(tracked: list[Path]) -> None:
+    # A careless line in .gitignore once left the mends in build/ out of every clone.
+    command = ["git", "-c", "safe.directory=*", "ls-files", "--others", "--ignored"]
+    listed = subprocess.run(
+        [*command, "--exclude-standard", "horovod_lm", "torch_backend", "tf_backend", "scripts"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert not [name for name in listed.stdout.split() if name.endswith((".py", ".sh"))]
+
+
 def test_readme_names_both_commands_first() -> None:
     assert README.index("```\nscripts/quickstart.sh\n") < README.index("```\nscripts/test.sh\n")
     assert len(README.splitlines()) < 200
