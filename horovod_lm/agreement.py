@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from horovod_lm.backend import Communicator
 from horovod_lm.errors import CollectiveFailed, HorovodLmError, RunFailed, UserError
@@ -41,6 +43,18 @@ def agree(communicator: Communicator, error: Exception | None) -> None:
             )
             kind = UserError if code == UserError.exit_code else RunFailed
             raise together(kind(where + text), communicator, rank) from error
+
+
+@contextmanager
+def agreed(communicator: Communicator) -> Iterator[None]:
+    """A collective around work that each rank does for itself: if one of them fails in it, all
+    leave it with the same error; see `agree`."""
+    trouble = None
+    try:
+        yield
+    except Exception as error:
+        trouble = error
+    agree(communicator, trouble)
 
 
 def together(error: HorovodLmError, communicator: Communicator, rank: int = 0) -> HorovodLmError:

@@ -7,15 +7,16 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from horovod_lm.backend import OVERFLOW, Engine, MicroBatch, Reduced
+from horovod_lm.backend import Engine, MicroBatch, Reduced
 from horovod_lm.checkpoint import RunState, save
 from horovod_lm.drift import compare_replicas
-from horovod_lm.loop import Run
+from horovod_lm.loop import Run, overflow_of
 
 
 def peak_memory() -> float:
@@ -46,8 +47,9 @@ class MetricsFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Every line was written before; what a full disk refused was reported."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class Metrics:
@@ -75,7 +77,7 @@ class Metrics:
             "learning_rate": run.learning_rate,
             "loss_scale": run.loss_scale if run.config.train.precision == "fp16" else None,
             "skipped": run.scaler.skipped,
-            "overflow": _overflow(reduced),
+            "overflow": None if reduced.finite else overflow_of(reduced),
             "tokens": run.targets,
             "seconds": round(seconds, 6),
             "time": time.time(),
@@ -89,13 +91,6 @@ class Metrics:
 def _plain(value: float) -> float | None:
     """JSON has no inf and nan."""
     return value if math.isfinite(value) else None
-
-
-def _overflow(reduced: Reduced) -> dict[str, Any] | None:
-    if reduced.finite:
-        return None
-    ranks = np.flatnonzero(reduced.status & OVERFLOW)
-    return {"rank": int(ranks[0]) if ranks.size else None, "tensor": reduced.tensor}
 
 
 class Evaluation:

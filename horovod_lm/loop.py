@@ -6,10 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from horovod_lm.agreement import agree
-from horovod_lm.backend import ERROR, INTERRUPT, STOP, Communicator, Engine, Reduced
+import numpy as np
+
+from horovod_lm.agreement import agree, together
+from horovod_lm.backend import (
+    ERROR,
+    INTERRUPT,
+    OVERFLOW,
+    STOP,
+    Communicator,
+    Engine,
+    Reduced,
+)
 from horovod_lm.config import Config
 from horovod_lm.data.batches import Batches
 from horovod_lm.errors import CollectiveFailed, RunFailed
@@ -116,8 +126,16 @@ def apply_step(run: Run, reduced: Reduced) -> bool:
     try:
         return run.scaler.update(reduced.finite)
     except RunFailed as error:
-        where = f" (first in {reduced.tensor})" if reduced.tensor else ""
-        raise RunFailed(f"step {run.step + 1}{where}: {error}") from error
+        overflow = overflow_of(reduced)
+        rank = "" if overflow["rank"] is None else f", on rank {overflow['rank']}"
+        where = f"step {run.step + 1} (first in {overflow['tensor']}{rank})"
+        raise together(RunFailed(f"{where}: {error}"), run.communicator) from error
+
+
+def overflow_of(reduced: Reduced) -> dict[str, Any]:
+    """The first tensor that is not finite, and the first rank that knew it before the sum."""
+    ranks = np.flatnonzero(reduced.status & OVERFLOW)
+    return {"rank": int(ranks[0]) if ranks.size else None, "tensor": reduced.tensor}
 
 
 class Hook(Protocol):
@@ -133,7 +151,8 @@ def train_steps(run: Run, hooks: Sequence[Hook]) -> None:
 
     Raises on every rank alike: the error of the lowest rank that has one, or that of the scaler.
     """
-    engine, scaler, clock = run.engine, run.scaler, run.clock
+    engine, scaler = run.engine, run.scaler
+    clock = run.clock = Clock(engine.synchronise)  # the first step begins now
     max_norm = run.config.train.max_norm
     with run.batches.ahead(run.step) as stream:
         while not run.last:
@@ -150,7 +169,8 @@ def train_steps(run: Run, hooks: Sequence[Hook]) -> None:
                 agree(run.communicator, run.trouble)
             run.loss_scale, run.learning_rate = scaler.scale, run.rate(run.updates)
             if apply_step(run, reduced):
-                engine.apply_gradients(run.learning_rate, max_norm)
+                with run.guard():
+                    engine.apply_gradients(run.learning_rate, max_norm)
                 run.updates += 1
             clock.part("update")
             run.step += 1

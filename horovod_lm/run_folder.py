@@ -70,8 +70,12 @@ class RunRecord:
         """Change `values` and write the file, atomically."""
         self.values |= values
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self._path)
+        try:
+            temporary.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def end(self, state: str, message: str | None = None) -> None:
         """The run has ended as `state`: finished, failed or stopped."""

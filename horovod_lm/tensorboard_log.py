@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class TensorBoardLog:
         self._write(Event(wall_time=row["time"], step=row["step"], summary=summary))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Every event was written before; what a full disk refused was reported."""
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, event: Event) -> None:
         self._writer.write(event.SerializeToString())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from horovod_lm import checkpoint, environment
-from horovod_lm.agreement import agree, explain, together
+from horovod_lm.agreement import agreed, explain, together
 from horovod_lm.backend import (
     INTERRUPT,
     STOP,
@@ -31,7 +32,7 @@ from horovod_lm.data.batches import Batches, validation_batches
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.decode import generate
 from horovod_lm.drift import compare_replicas
-from horovod_lm.errors import CollectiveFailed, HorovodLmError, Stopped, UserError
+from horovod_lm.errors import HorovodLmError, Stopped, UserError
 from horovod_lm.hooks import (
     Checkpoint,
     Evaluation,
@@ -71,17 +72,24 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     communicator = backend.communicator()
     try:
         if dry_run:
-            make_engine(config, CausalLM(), backend, communicator)
+            with agreed(communicator):
+                make_engine(config, CausalLM(), backend, communicator)
             return
         same_config(communicator, config, prepared)
-        _Training(config, prepared, backend, communicator, threads, output, resume).run()
-    except CollectiveFailed:
-        raise
+        Training(config, prepared, backend, communicator, threads, output, resume).run()
     except HorovodLmError as error:
-        if error.shown_by_me is None:
-            together(error, communicator)
+        if error.shown_by_me is not None:
+            _leave(communicator, error.shown_by_me)
         raise
     communicator.shutdown()
+
+
+def _leave(communicator: Communicator, printing: bool) -> None:
+    """Before all ranks end with the same error: launchers end a job as soon as one rank has failed,
+    so wait until rank 0 has written its record, and let the rank that prints be the first."""
+    communicator.barrier()
+    if not printing:
+        time.sleep(1)
 
 
 def claim_check(output: Path, resume: bool) -> None:
@@ -127,7 +135,7 @@ def make_engine(
 
 
 @dataclass
-class _Training:
+class Training:
     """One call of `train`, once the ranks can talk to each other."""
 
     config: Config
@@ -143,8 +151,12 @@ class _Training:
         self.objective = CausalLM()
         self.folder = self._claim()
         self.scaler = LossScaler(config.loss_scale, config.train.precision == "fp16")
-        self.engine = make_engine(config, self.objective, self.backend, communicator)
+        with agreed(communicator):
+            self.engine = make_engine(config, self.objective, self.backend, communicator)
         step = self._start()
+        state = self.engine.state()
+        with agreed(communicator):
+            compare_replicas(communicator, state, self.scaler.state(), step)
         run = Run(
             config,
             self.engine,
@@ -158,47 +170,35 @@ class _Training:
                 steps=config.train.steps,
             ),
             step=step,
-            updates=self.engine.state().updates,
+            updates=state.updates,
         )
-        state = self.engine.state()
-        compare_replicas(communicator, state, self.scaler.state(), step)
         with ExitStack() as stack:
             self._train(run, stack)
 
     def _claim(self) -> Path:
         """Rank 0 makes the folder; the others learn its name."""
-        trouble, folder = None, Path()
-        if self.communicator.rank == 0:
-            folder = (self.output or default_folder(self.config)).absolute()
-            try:
+        folder = Path()
+        with agreed(self.communicator):
+            if self.communicator.rank == 0:
+                folder = (self.output or default_folder(self.config)).absolute()
                 claim(folder, self.resume)
-            except Exception as error:
-                trouble = error
-        agree(self.communicator, trouble)
         return Path(self.communicator.broadcast(str(folder).encode()).decode())
 
     def _start(self) -> int:
         """Give the engine and the scaler their state; returns the step to go on from."""
         folder = self.folder / "checkpoints"
-        trouble, name = None, ""
-        if self.resume and self.communicator.rank == 0:
-            try:
+        name, step = "", 0
+        with agreed(self.communicator):
+            if self.resume and self.communicator.rank == 0:
                 name = _newest_name(folder)
-            except Exception as error:
-                trouble = error
-        agree(self.communicator, trouble)
         name = self.communicator.broadcast(name.encode()).decode()
-        trouble, step = None, 0
-        try:
+        with agreed(self.communicator):
             if name:
                 step = self._load(folder / name)
             else:
                 self._say("no checkpoint to resume from; starting at step 0" * self.resume)
                 weights = initial_weights(self.config.model, self.config.train.seed)
                 self.engine.load_state(EngineState(weights))
-        except Exception as error:
-            trouble = error
-        agree(self.communicator, trouble)
         return step
 
     def _load(self, path: Path) -> int:
@@ -232,14 +232,10 @@ class _Training:
         config = self.config
         sinks: list[Any] = []
         record = None
-        trouble = None
-        if self.communicator.rank == 0:
-            try:
+        with agreed(self.communicator):
+            if self.communicator.rank == 0:
                 record = self._record()
                 sinks = self._sinks(run, stack)
-            except Exception as error:
-                trouble = error
-        agree(self.communicator, trouble)
         metrics = Metrics(sinks)
         evaluation = Evaluation(
             config.evaluation.every,
@@ -251,28 +247,28 @@ class _Training:
             config.checkpoint.every, self.folder / "checkpoints", extra, start=run.step
         )
         hooks: list[Hook] = [metrics, ReplicaCheck(config.train.check_every), evaluation, saving]
-        if self.communicator.rank:
-            hooks[0] = Metrics([])
         try:
             with listening(run):
                 train_steps(run, hooks)
                 memory = self._memory()
                 if run.stopped:
-                    raise self._stopped(run, saving)
-                sample = self._sample()
+                    raise self._stopped(run)
+                with agreed(self.communicator):
+                    sample = self._sample()
+                    if record:
+                        record.update(memory_mib=memory, sample=sample)
+                        record.update(**progress(run, metrics, evaluation, saving))
+                        record.end("finished")
         except Exception as error:
+            shown = explain(error)
             if record:
-                shown = explain(error)
-                state = "stopped" if isinstance(error, Stopped) else "failed"
-                record.update(**progress(run, metrics, evaluation, saving))
-                record.end(state, str(shown))
-            raise error if isinstance(error, HorovodLmError) else explain(error) from error
-        if record:
-            record.update(
-                **progress(run, metrics, evaluation, saving), memory_mib=memory, sample=sample
-            )
-            record.end("finished")
-            self._say(f"finished: {self.folder}")
+                with suppress(OSError):  # a full disk is known by now
+                    record.update(**progress(run, metrics, evaluation, saving))
+                    record.end("stopped" if isinstance(shown, Stopped) else "failed", str(shown))
+            if shown is error:
+                raise
+            raise shown from error
+        self._say(f"finished: {self.folder}")
 
     def _record(self) -> RunRecord:
         where = place()
@@ -308,13 +304,13 @@ class _Training:
         peaks = [float(p) for p in self.communicator.allgather(repr(peak_memory()).encode())]
         return {"largest": round(max(peaks), 1), "sum": round(sum(peaks), 1)}
 
-    def _stopped(self, run: Run, saving: Checkpoint) -> Stopped:
-        code = 130 if run.stopped & INTERRUPT else 75
-        return Stopped(
+    def _stopped(self, run: Run) -> HorovodLmError:
+        error = Stopped(
             f"stopped by a signal after step {run.step}; the checkpoint is in {self.folder}; "
             f"go on with --resume --output {self.folder}",
-            code,
+            exit_code=130 if run.stopped & INTERRUPT else 75,
         )
+        return together(error, self.communicator)
 
     def _sample(self) -> dict[str, str] | None:
         """Rank 0 lets the model go on from the beginning of the validation text."""
@@ -433,12 +429,9 @@ def evaluate(restored: Restored) -> dict[str, Any]:
     """Collective: validation loss in nats per target token, perplexity, tokens, step."""
     communicator = restored.communicator
     batches = rank_validation(restored.config, restored.prepared, CausalLM(), communicator)
-    trouble, local = None, np.zeros(2)
-    try:
+    local = np.zeros(2)
+    with agreed(communicator):
         local = local_evaluation(restored.engine, batches)
-    except Exception as error:
-        trouble = error
-    agree(communicator, trouble)
     total, count = communicator.allreduce(local)
     loss = float(total / count)
     return {
