@@ -29,7 +29,8 @@ from tf_backend.weights import Weights
 class Engine:
     """See `horovod_lm.backend.Engine`. Gradients accumulate in one flat fp32 buffer whose tail
     carries the losses and each rank's status through the same allreduce. What changes from step
-    to step reaches the `tf.function`s as tensors, so that each is traced once."""
+    to step reaches the `tf.function`s as tensors, so that each is traced once. They go without
+    AutoGraph, which has nothing to convert here, and reads source files at the first call."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class Engine:
 
     # Without XLA: at 1 thread it gains nothing (714-745 against 728-734 ms of processor time on a
     # step of the default model), and at 2 threads its gain was not clear enough for 2 s of start.
-    @tf.function
+    @tf.function(autograph=False)
     def _backward(self, tokens, words, losses, normalisers, heads) -> tf.Tensor:
         """The flat buffer (P + tail,) of one micro-batch, statuses 0."""
         values = self.weights.values
@@ -193,15 +194,15 @@ class Engine:
         tail = [tf.stack(nll_sums) / normalisers, tf.zeros(self.communicator.size)]
         return tf.concat([*gradients, *tail], 0)
 
-    @tf.function
+    @tf.function(autograph=False)
     def _nll_sums(self, tokens, losses, heads) -> tf.Tensor:
         return tf.stack(self._losses(self.model(tokens), losses, heads)[1])
 
-    @tf.function
+    @tf.function(autograph=False)
     def _logits(self, tokens) -> tf.Tensor:
         return self.model.logits(self.model(tokens))
 
-    @tf.function
+    @tf.function(autograph=False)
     def _last_logits(self, tokens, caches, start) -> tf.Tensor:
         return self.model.logits(self.model(tokens, None, caches, start=start)[:, -1])
 
@@ -210,6 +211,6 @@ class Engine:
         return logits.numpy(), (caches, position + tokens.shape[1])
 
 
-@tf.function
+@tf.function(autograph=False)
 def _all_finite(buffer: tf.Tensor) -> tf.Tensor:
     return tf.reduce_all(tf.math.is_finite(buffer))

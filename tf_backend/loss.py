@@ -13,7 +13,7 @@ def _chunk(hidden, kernel, targets, weights, coefficients, half):
     """Both sums of one chunk of rows, its dh and its share of dW^T."""
     z = tf.cast(product(hidden, kernel, half), tf.float32)
     z -= tf.reduce_max(z, -1, keepdims=True)
-    cells = tf.stack([tf.range(len(targets)), targets], 1)
+    cells = tf.stack([tf.range(targets.shape[0]), targets], 1)
     picked = tf.gather_nd(z, cells)
     exponentials = tf.exp(z)
     total = tf.reduce_sum(exponentials, -1)

@@ -11,7 +11,7 @@ from horovod_lm.backend import EngineSettings
 from tf_backend.weights import Weights
 
 
-@tf.function
+@tf.function(autograph=False)
 def _sum_of_squares(weights: Weights, gradients: tf.Tensor) -> tf.Tensor:
     # l2_loss halves, which is exact; it is the one kernel that squares and sums in one pass.
     halves = [tf.nn.l2_loss(part) for part in weights.views(gradients)]
@@ -57,7 +57,7 @@ class AdamW:
         )
         self._update_all(self.weights.gradients, *map(np.float32, coefficients))
 
-    @tf.function
+    @tf.function(autograph=False)
     def _update_all(self, gradients, decay_factor, rate, correction) -> None:
         parts = zip(
             self.weights.values,
@@ -73,7 +73,7 @@ class AdamW:
 
     # XLA makes one pass of this where TensorFlow makes a dozen. It is compiled once for a shape;
     # as one function of all variables its compilation took seconds.
-    @tf.function(jit_compile=True)
+    @tf.function(autograph=False, jit_compile=True)
     def _update(self, value, gradient, first, second, factor, rate, correction) -> None:
         beta1, beta2 = self.settings.beta1, self.settings.beta2
         m = first.assign(beta1 * first + (1 - beta1) * gradient)
