@@ -24,3 +24,12 @@ def differences(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dic
         distance = np.linalg.norm(array.astype(np.float64) - b[name].astype(np.float64))
         result[name] = float(distance) / (whole if norms[name] < 1e-6 * whole else norms[name])
     return result
+
+
+FIGURES: dict[str, float] = {}  # the largest difference seen under each title, for the summary
+
+
+def within(title: str, value: float, limit: float) -> None:
+    """Fail if `value` is over `limit`; the largest value under a title is printed at the end."""
+    FIGURES[title] = max(FIGURES.get(title, 0.0), value)
+    assert value <= limit, f"{title}: {value:.2e} is over {limit:.0e}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from horovod_lm.randomness import dropout_words
-from tests.parity.compare import difference, differences
+from tests.parity.compare import difference, differences, within
 from tests.parity.conftest import ROWS, SEED, micro_batch, starting_weights
 from tests.parity.reference import Reference
 
@@ -50,9 +50,10 @@ def test_logits_agree_with_the_reference_and_each_other(pair):
     logits = {name: engine.logits(micro.inputs) for name, engine in engines.items()}
     expected = Reference(pair.spec, starting_weights(pair.spec)).logits(micro.inputs["tokens"])
     expected = expected.detach().numpy()
-    assert difference(logits["torch"], expected) <= 1e-5
-    assert difference(logits["tensorflow"], expected) <= 1e-5
-    assert difference(logits["tensorflow"], logits["torch"]) <= 1e-5
+    for name, array in logits.items():
+        within(f"logits, {name} to fp64", difference(array, expected), 1e-5)
+    apart = difference(logits["tensorflow"], logits["torch"])
+    within("logits, tensorflow to torch", apart, 1e-5)
 
 
 def test_gradients_agree_with_the_reference_and_each_other(pair, reference):
@@ -63,12 +64,12 @@ def test_gradients_agree_with_the_reference_and_each_other(pair, reference):
         results[name] = engine.reduce_gradients()
         gradients[name] = engine.gradients()
         worst = differences(gradients[name], expected)
-        assert max(worst.values()) <= 1e-4, (name, worst)
+        within(f"a tensor's gradient, {name} to fp64", max(worst.values()), 1e-4)
         assert results[name].losses["lm"] == pytest.approx(loss, rel=1e-5)
         assert results[name].finite and results[name].tensor is None
         assert results[name].status.tolist() == [0]
     worst = differences(gradients["tensorflow"], gradients["torch"])
-    assert max(worst.values()) <= 1e-4, worst
+    within("a tensor's gradient, tensorflow to torch", max(worst.values()), 1e-4)
     whole = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients["torch"].values()))
     assert results["torch"].norm == pytest.approx(whole, rel=1e-6)
     assert results["tensorflow"].norm == pytest.approx(results["torch"].norm, rel=1e-5)

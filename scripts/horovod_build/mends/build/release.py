@@ -1,0 +1,9 @@
+"""Build without debug symbols.
+
+RelWithDebInfo is compiled with -g, which takes about a quarter of the time and most of the wheel's
+size. HOROVOD_DEBUG=1 still gives a debug build.
+"""
+
+
+def mend(source):
+    source.edit("setup.py", "else 'RelWithDebInfo'", "else 'Release'")
