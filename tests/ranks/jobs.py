@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,6 @@ from horovod_lm.environment import rank_environment
 from horovod_lm.installed import Horovod
 from horovod_lm.launch import (
     Job,
-    clean_log,
     kill_all,
     launch_command,
     launch_environment,
@@ -34,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("torch", "tensorflow")
 TRAIN = [sys.executable, "-m", "horovod_lm", "train"]
 WORKER = [sys.executable, "-m", "tests.ranks.worker"]
+
+_TAG = re.compile(r"^\[(?:\d+,)?\d+\]<std(?:out|err)>: ?")
 
 needs_horovod = pytest.mark.skipif(
     not (find_spec("torch") and find_spec("tensorflow") and Horovod.find().is_ours),
@@ -82,16 +83,30 @@ def write_tiny(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. `code` is the launcher's exit status; `lines` are the ranks' output."""
+    """How a job ended: the launcher's exit status and its output. Launchers tag the lines of ranks;
+    what has no tag is their own."""
 
     code: int
     text: str
-    lines: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """What the ranks said."""
+        tags = [_TAG.match(line) for line in self.text.splitlines()]
+        if not any(tags):
+            return self.text.splitlines()
+        return [tag.string[tag.end() :] for tag in tags if tag]
 
     @property
     def messages(self) -> list[str]:
         """The messages to the user, which begin with the program's name."""
         return [line for line in self.lines if "horovod-lm: " in line]
+
+    def only_message(self, code: int) -> str:
+        """The one message of a job whose launcher ended with `code`."""
+        assert self.code == code, self.text
+        assert len(self.messages) == 1, self.text
+        return self.messages[0].removeprefix("horovod-lm: ")
 
 
 @contextmanager
@@ -102,22 +117,25 @@ def started(
     launcher: str = "mpirun",
     controller: str = "mpi",
     stall_seconds: int = 60,
+    others: Sequence[Sequence[str]] = (),
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Job]:
-    """`arguments` on `ranks` ranks (0: without a launcher), ended by force on leaving. Prepared
-    data is cached beside the log."""
+    """`arguments` on `ranks` ranks (0: without a launcher), and one more rank for each of `others`;
+    ended by force on leaving. Prepared data is cached beside the log."""
     launch = {
         "ranks": max(ranks, 1),
         "launcher": launcher,
         "controller": controller,
         "stall_seconds": stall_seconds,
     }
-    config = make_config({"launch": launch}, "the job")
+    config = make_config({"launch": launch}, "the job")  # of the launcher alone
     job = Job("the job", new_marker())
     environment = launch_environment(rank_environment(config, 1), job.marker)
     environment |= {"XDG_CACHE_HOME": str(log.parent / "cache"), "PYTHONPATH": str(ROOT)}
     environment |= env or {}
     command = launch_command(config, arguments) if ranks else list(arguments)
+    for other in others:  # mpirun's way to start each rank with arguments of its own
+        command += [":", "-np", "1", *other]
     job.start(command, environment, log)
     try:
         yield job
@@ -136,12 +154,9 @@ def ended(job: Job, limit: float = 90.0) -> Ended:
     while (left := members(job.marker)) and time.monotonic() < end:
         time.sleep(0.05)
     assert left == [], text
-    assert "Traceback (most recent call last)" not in text, text
-    return Ended(
-        job.process.returncode,
-        text,
-        clean_log(text) if "[1,0]<" in text or "]<std" in text else text.splitlines(),
-    )
+    result = Ended(job.poll() or 0, text)
+    assert "Traceback (most recent call last):" not in result.lines, text
+    return result
 
 
 def run_job(log: Path, arguments: Sequence[str], ranks: int, **options: Any) -> Ended:
@@ -196,7 +211,3 @@ def wait_for_step(run: Path, step: int, job: Job, limit: float = 60.0) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(job.log_file and job.log_file.read_text(errors="replace"))
-
-
-def as_root() -> bool:
-    return os.geteuid() == 0

@@ -110,7 +110,7 @@ def test_overflows_on_one_rank_skip_the_same_steps_in_both_backends(done):
         assert rates[2] == rates[3] != rates[4] and rates[7] == rates[8] == rates[9]
         log = (run.parent / "job.log").read_text()
         said = "skipped, the gradient overflows in embeddings.tokens, first on rank 1"
-        assert log.count(said) == 5  # three here, two in the run whose scale gets stuck
+        assert log.count(said) == 4  # three here, one in the run whose scale gets stuck
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -26,7 +26,7 @@ from horovod_lm import environment
 from horovod_lm.backend import load_backend
 from horovod_lm.config import load_config
 from horovod_lm.data.prepare import prepare
-from horovod_lm.errors import HorovodLmError
+from horovod_lm.errors import CollectiveFailed, HorovodLmError
 from horovod_lm.train import Training
 
 
@@ -118,6 +118,8 @@ def main(path, folder, name):
         result = {"error": None, "code": 0, "shown": None}
         try:
             training.run()
+        except CollectiveFailed as error:  # there is nobody to go on with
+            sys.exit(f"horovod-lm: {error}")
         except HorovodLmError as error:
             result = {
                 "error": str(error),
