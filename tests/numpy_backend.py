@@ -1,0 +1,103 @@
+"""A third backend, in NumPy: an engine for tests of everything around the engines.
+
+The model predicts the next token from the present one: logits = table[token], the rows of one
+matrix `table` (V, V). Its gradients fit on a line, and its optimizer is plain gradient descent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from horovod_lm.backend import OVERFLOW, EngineState, Reduced
+
+TABLE = "embeddings.tokens"
+
+
+@dataclass
+class NumpyEngine:
+    """See `horovod_lm.backend.Engine`. Gradients are reduced in fp64, so that the number of ranks
+    makes next to no difference."""
+
+    communicator: object
+    vocabulary: int
+    updates: int = 0
+
+    def __post_init__(self):
+        self.table = np.zeros((self.vocabulary, self.vocabulary))
+        self._scale = 1.0
+        self._clear()
+
+    def _clear(self):
+        self._gradient = np.zeros_like(self.table)
+        self._loss = 0.0
+
+    def _nll(self, tokens, loss):
+        """(B, L) nll, and (B, L, V) probabilities."""
+        logits = self.table[tokens]
+        logits = logits - logits.max(-1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -np.take_along_axis(logs, loss.targets[..., None], -1)[..., 0], np.exp(logs)
+
+    def forward_backward(self, micro, step, loss_scale):
+        tokens, loss = micro.inputs["tokens"], micro.losses[0]
+        nll, slopes = self._nll(tokens, loss)
+        self._loss += (loss.weights * nll).sum() / loss.normaliser
+        slopes -= np.eye(self.vocabulary)[loss.targets]
+        slopes *= (loss.weights * loss.factor / loss.normaliser)[..., None] * loss_scale
+        np.add.at(self._gradient, tokens, slopes)
+        self._scale = loss_scale
+
+    def reduce_gradients(self, status=0):
+        ranks, rank = self.communicator.size, self.communicator.rank
+        if not np.isfinite(self._gradient).all():
+            status |= OVERFLOW
+        flags = np.zeros(ranks)
+        flags[rank] = status
+        buffer = np.concatenate([self._gradient.ravel(), [self._loss], flags])
+        buffer = self.communicator.allreduce(buffer)
+        self._clear()
+        self.reduced = buffer[: self.table.size].reshape(self.table.shape) / self._scale
+        finite = bool(np.isfinite(self.reduced).all())
+        self._norm = float(np.sqrt((self.reduced**2).sum()))
+        return Reduced(
+            losses={"lm": float(buffer[self.table.size])},
+            finite=finite,
+            norm=self._norm,
+            status=buffer[self.table.size + 1 :].astype(np.int64),
+            tensor=None if finite else TABLE,
+        )
+
+    def apply_gradients(self, learning_rate, clip):
+        factor = 1.0 if clip is None else min(1.0, clip / max(self._norm, 1e-300))
+        self.table -= learning_rate * factor * self.reduced
+        self.updates += 1
+
+    def evaluate(self, micro):
+        loss = micro.losses[0]
+        nll, _ = self._nll(micro.inputs["tokens"], loss)
+        return {"lm": (float((loss.weights * nll).sum()), float(loss.weights.sum()))}
+
+    def logits(self, inputs):
+        return self.table[inputs["tokens"]].astype(np.float32)
+
+    def start(self, tokens):
+        return self.next(tokens[:, -1], tokens.shape[1] - 1)
+
+    def next(self, tokens, cache):
+        """The cache is the number of tokens so far."""
+        return self.table[tokens].astype(np.float32), cache + 1
+
+    def gradients(self):
+        return {TABLE: self.reduced.astype(np.float32)}
+
+    def state(self):
+        return EngineState({TABLE: self.table.astype(np.float32)}, {}, self.updates)
+
+    def load_state(self, state):
+        self.table = state.weights[TABLE].astype(np.float64)
+        self.updates = state.updates
+
+    def synchronise(self):
+        pass
