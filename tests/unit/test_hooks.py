@@ -1,0 +1,225 @@
+"""What happens beside the steps, over the NumPy engine."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+
+from horovod_lm import checkpoint
+from horovod_lm.backend import EngineState
+from horovod_lm.config import make_config
+from horovod_lm.data.batches import validation_batches
+from horovod_lm.errors import RunFailed
+from horovod_lm.hooks import Checkpoint, Evaluation, Metrics, MetricsFile, ReplicaCheck
+from horovod_lm.loop import train_steps
+from horovod_lm.objectives.causal_lm import CausalLM
+from tests.helpers import on_ranks
+from tests.numpy_backend import TABLE
+from tests.unit.test_loop import CONTEXT, VOCABULARY, Stream, make_run
+
+
+def validation(communicator, rows=4):
+    return validation_batches(
+        Stream(101),
+        CausalLM(),
+        context=CONTEXT,
+        rows=rows,
+        windows=0,
+        rank=communicator.rank,
+        ranks=communicator.size,
+    )
+
+
+def trained(hooks, ranks=1, **options):
+    """Train with `hooks(run)`; for each rank its run, or its error."""
+
+    def work(communicator):
+        run = make_run(communicator, **options)
+        train_steps(run, hooks(run))
+        return run
+
+    return on_ranks(ranks, work)
+
+
+def test_a_row_of_metrics_for_every_step():
+    rows = []
+    trained(lambda run: [Metrics([rows.append])], steps=20)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["updates"] for row in rows] == list(range(1, 21))
+    first = rows[0]
+    assert first["loss"] == pytest.approx(math.log(VOCABULARY))
+    assert first["tokens"] == 6 * CONTEXT
+    assert first["learning_rate"] == 5.0 and first["loss_scale"] is None
+    assert (first["skipped"], first["overflow"], first["parts"]) == (0, None, None)
+    timed = [row for row in rows if row["parts"]]
+    assert [row["step"] for row in timed] == [10, 20]
+    for row in timed:
+        assert sum(row["parts"].values()) == pytest.approx(1e3 * row["seconds"], abs=0.01)
+        assert row["memory_mib"] > 10
+    times = [row["time"] for row in rows]
+    assert times == sorted(times)
+    json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_skipped_step_is_a_row_of_plain_json_that_names_tensor_and_rank():
+    rows = []
+
+    def hooks(run):
+        if run.communicator.rank == 1:
+            plain = run.engine.forward_backward
+            run.engine.forward_backward = lambda micro, step, scale: plain(
+                micro, step, math.inf if step == 1 else scale
+            )
+            return [Metrics([])]
+        return [Metrics([rows.append])]
+
+    trained(hooks, ranks=2, steps=3, precision="fp16")
+    assert [row["overflow"] for row in rows] == [None, {"rank": 1, "tensor": TABLE}, None]
+    assert [row["norm"] is None for row in rows] == [False, True, False]
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert [row["loss_scale"] for row in rows] == [65536, 65536, 32768]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_resumed_run_drops_later_lines_and_a_cut_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "step", "step": step}) for step in range(1, 6)]
+    path.write_text("\n".join(lines) + '\n{"kind": "st')
+    file = MetricsFile(path, 3)
+    file.write({"kind": "step", "step": 4, "again": True})
+    assert path.read_text().splitlines() == [
+        *lines[:3],
+        '{"kind": "step", "step": 4, "again": true}',
+    ]
+    file.close()
+
+
+def test_a_full_disk_is_reported_once(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the file under test
+    with pytest.raises(OSError, match="No space left"):
+        file.write({"kind": "step", "step": 1})
+    file.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_is_the_same_on_any_number_of_ranks(ranks):
+    rows = []
+
+    def hooks(run):
+        sinks = [rows.append] if run.communicator.rank == 0 else []
+        evaluation = Evaluation(5, partial(validation, run.communicator), sinks)
+        run.evaluation = evaluation
+        return [evaluation]
+
+    runs = trained(hooks, ranks=ranks)
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    assert {row["tokens"] for row in rows} == {100}
+    assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]))
+    table = runs[0].engine.table
+    tokens = Stream(101).read(0, 101)
+    logits = table[tokens[:-1]]
+    nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(100), tokens[1:]]
+    assert rows[-1]["loss"] == pytest.approx(nll.mean(), rel=1e-9)
+    assert {run.evaluation.loss for run in runs} == {rows[-1]["loss"]}
+
+
+def test_an_evaluation_that_fails_on_one_rank_ends_all():
+    def hooks(run):
+        def batches():
+            if run.communicator.rank == 1:
+                raise OSError(5, "Input/output error", "validation")
+            return validation(run.communicator)
+
+        return [Evaluation(4, batches, [])]
+
+    errors = trained(hooks, ranks=2)
+    assert [str(error) for error in errors] == ["rank 1: validation: input/output error"] * 2
+
+
+def test_a_stopped_run_saves_and_does_not_evaluate(tmp_path):
+    def hooks(run):
+        run.signal = 1
+        run.hooks = [
+            Evaluation(1, partial(validation, run.communicator), []),
+            Checkpoint(0, tmp_path, {}, start=0),
+        ]
+        return run.hooks
+
+    (run,) = trained(hooks)
+    assert run.step == 1 and run.hooks[0].loss is None
+    assert run.hooks[1].path == tmp_path / "step-00000001"
+
+
+def test_checkpoints_come_in_time_from_rank_0_and_once(tmp_path):
+    def hooks(run):
+        folder = tmp_path / str(run.communicator.rank)
+        return [Checkpoint(4, folder, {"mine": 1}, start=0)]
+
+    trained(hooks, ranks=2)
+    assert not (tmp_path / "1").exists()
+    names = sorted(path.name for path in (tmp_path / "0").iterdir())
+    assert names == ["step-00000008", "step-00000012"]  # checkpoint.keep is 2
+    state = checkpoint.load(tmp_path / "0" / "step-00000012")
+    assert (state.step, state.updates, state.extra) == (12, 12, {"mine": 1})
+
+
+def test_nothing_is_saved_where_the_run_resumed_or_after_an_error(tmp_path):
+    (run,) = on_ranks(1, make_run)
+    run.step = 4
+    Checkpoint(4, tmp_path, {}, start=4)(run, None)
+    run.trouble = RunFailed("drifted")
+    Checkpoint(4, tmp_path, {}, start=0)(run, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def hooks(run):
+        return [Checkpoint(4, tmp_path / "file" / "checkpoints", {}, start=0)]
+
+    errors = trained(hooks, ranks=2)
+    for error in errors:
+        assert "rank 0: the checkpoint of step 4 can't be written" in str(error)
+    assert [error.shown_by_me for error in errors] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("check_every", "drift", "found"), [(4, 1, 4), (4, 9, 12), (0, 0, 1), (0, 1, None)]
+)
+def test_replicas_are_compared_at_the_first_update_then_in_time_and_last(check_every, drift, found):
+    def work(communicator):
+        run = make_run(communicator)
+        train = {**run.config.train.model_dump(), "check_every": check_every}
+        run.config = make_config({**run.config.model_dump(), "train": train}, "the test")
+        plain = run.engine.apply_gradients
+
+        def apply(*arguments):
+            plain(*arguments)
+            if communicator.rank == 1 and run.step == drift:
+                run.engine.table[2, 3] += 1e-3
+
+        run.engine.apply_gradients = apply
+        train_steps(run, [ReplicaCheck(check_every)])
+
+    results = on_ranks(2, work)
+    if found is None:
+        assert results == [None, None]
+        return
+    for error in results:
+        assert f"drifted apart at step {found}: weight {TABLE} on rank 1" in str(error)
+
+
+def test_comparing_replicas_takes_one_small_allgather(tmp_path):
+    def work(communicator):
+        run = make_run(communicator, steps=1)
+        run.engine.load_state(EngineState({TABLE: np.ones((VOCABULARY, VOCABULARY), np.float32)}))
+        train_steps(run, [ReplicaCheck(1)])
+        return [size for name, size in communicator.calls if name == "allgather"]
+
+    sizes, _ = on_ranks(2, work)
+    assert sizes == [32, 0]  # the second is the loop's own, that no rank has an error
