@@ -51,8 +51,10 @@ from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import STATE, RunRecord, claim, default_folder
 from horovod_lm.schedule import learning_rate
 from horovod_lm.topology import place
+from horovod_lm.watchdog import Watchdog
 
 EVALUATION_ROWS = 16  # most rows of one forward in an evaluation
+HANDSHAKE_SECONDS = 60  # for the first collective, when all ranks have come
 SAMPLE_TOKENS = 32  # of the prompt, and of its continuation, in a finished run's sample
 
 
@@ -69,13 +71,20 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     threads = environment.apply(config)
     prepared = prepare(config)
     backend = load_backend(config.launch.backend, threads)
-    communicator = backend.communicator()
+    watchdog = Watchdog(2 * config.launch.stall_seconds)
+    communicator = watchdog.communicator(backend.communicator())
     try:
+        # Frameworks name their collectives in different ways, so ranks of two would wait for good.
+        with watchdog.limit(
+            HANDSHAKE_SECONDS,
+            "the ranks do not understand each other; start all of them with the same --backend",
+            UserError.exit_code,
+        ):
+            same_config(communicator, config, prepared)
         if dry_run:
             with agreed(communicator):
                 make_engine(config, CausalLM(), backend, communicator)
             return
-        same_config(communicator, config, prepared)
         Training(config, prepared, backend, communicator, threads, output, resume).run()
     except HorovodLmError as error:
         if error.shown_by_me is not None:

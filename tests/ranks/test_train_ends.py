@@ -146,9 +146,21 @@ def test_ranks_with_different_configs_are_refused_with_one_message(config, log, 
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_of_different_backends_are_refused_with_one_message(config, log, tmp_path):
-    arguments = train(config, tmp_path / "out")
-    other = train(config, tmp_path / "out", "tensorflow")
-    message = run_job(log, arguments, 1, others=[other], stall_seconds=20).only_message(2)
-    assert "launch.backend: torch and tensorflow" in message
+def test_ranks_of_different_backends_end_soon_with_one_message(config, log, tmp_path):
+    patience = ["--set", "launch.stall_seconds=5"]
+    arguments = train(config, tmp_path / "out", "torch", *patience)
+    other = train(config, tmp_path / "out", "tensorflow", *patience)
+    message = run_job(log, arguments, 1, others=[other]).only_message(2)
+    assert message.startswith("the ranks do not understand each other; start all of them with the ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_rank_ends_the_job_although_horovod_waits_for_it(config, log, tmp_path):
+    output = tmp_path / "out"
+    arguments = train(config, output, "torch", *LONG, "--set", "launch.stall_seconds=2")
+    with started(log, arguments, 2) as job:
+        wait_for_step(output, 12, job)
+        rank_process(job, 1).suspend()
+        message = ended(job).only_message(1)
+    assert message.startswith("a collective failed, since another rank does not answer")
+    assert newest(output) >= 10
