@@ -15,6 +15,7 @@ from horovod_lm.config import Config, to_toml
 from horovod_lm.errors import UserError
 
 STATE = "run.json"
+_KEPT = ("first_step_seconds", "loss", "validation_loss", "checkpoint")
 
 
 def default_folder(config: Config) -> Path:
@@ -40,7 +41,8 @@ def claim(folder: Path, resume: bool) -> None:
 
 
 class RunRecord:
-    """`run.json`, written anew as a whole whenever something changes; rank 0 alone has one."""
+    """`run.json`, written anew as a whole whenever something changes; rank 0 alone has one. A run
+    that is resumed keeps what it had reached."""
 
     def __init__(self, folder: Path, config: Config, **values: Any) -> None:
         self._path = folder / STATE
@@ -61,21 +63,33 @@ class RunRecord:
             "sample": None,
             "checkpoint": None,
             "machine": machine(),
+            **self._reached(),
             **values,
         }
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.update()
 
+    def _reached(self) -> dict[str, Any]:
+        try:
+            before = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a new run, or one that was cut off while it began
+            return {}
+        return {key: before[key] for key in _KEPT if key in before}
+
     def update(self, **values: Any) -> None:
         """Change `values` and write the file, atomically."""
         self.values |= values
+        text = json.dumps(self.values, indent=1) + "\n"
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(self._path)
         except OSError:
             temporary.unlink(missing_ok=True)
-            raise
+            # On a full disk there is room only where the old one stands.
+            with self._path.open("r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
 
     def end(self, state: str, message: str | None = None) -> None:
         """The run has ended as `state`: finished, failed or stopped."""

@@ -354,15 +354,16 @@ def _newest_name(folder: Path) -> str:
 def progress(
     run: Run, metrics: Metrics, evaluation: Evaluation, saving: Checkpoint
 ) -> dict[str, Any]:
-    """What `run.json` says of how far a run came."""
-    return {
-        "steps": run.step,
-        "updates": run.updates,
+    """What `run.json` says of how far a run came; without what it has not reached since it
+    started or was resumed."""
+    reached = {
         "first_step_seconds": metrics.first_step_seconds,
         "loss": metrics.loss,
         "validation_loss": evaluation.loss,
         "checkpoint": saving.path.name if saving.path else None,
     }
+    known = {key: value for key, value in reached.items() if value is not None}
+    return {"steps": run.step, "updates": run.updates, **known}
 
 
 @contextmanager

@@ -139,6 +139,14 @@ def test_a_folder_in_use_another_model_and_damaged_checkpoints_are_refused(run):
     message = run(*steps, "--resume", "--set", "train.seed=2").only_message(2)
     assert "belongs to another run; changed since then:" in message
 
+    record = json.loads((output / "run.json").read_text())
+    result = run(*steps, "--resume")  # there is nothing left to do
+    assert result.code == 0 and f"finished: {output}" in result.lines
+    again = json.loads((output / "run.json").read_text())
+    for key in ("state", "steps", "updates", "loss", "validation_loss", "checkpoint", "sample"):
+        assert again[key] == record[key] is not None
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
     (path,) = (output / "checkpoints").iterdir()
     with (path / "weights.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -183,9 +191,10 @@ def test_a_full_disk_ends_all_ranks_with_one_message(kib, every, words, run, sha
     message = run_job(shared / "job.log", command, 0, env=env).only_message(1)
     assert message.startswith("rank 0: ") and words in message
     assert not [path for path in kept.rglob("*") if "tmp" in path.name]
+    record = json.loads((kept / "run.json").read_text())
+    assert (record["state"], record["message"]) == ("failed", message)
     if every:
         assert "is kept" in message and checkpoint.newest(kept / "checkpoints", log=pytest.fail)
-        assert json.loads((kept / "run.json").read_text())["state"] == "failed"
 
 
 def test_without_our_horovod_the_message_says_how_to_build_it(run, tmp_path):
