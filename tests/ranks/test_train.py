@@ -4,6 +4,7 @@ costs."""
 import hashlib
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -36,6 +37,12 @@ FOUR = [
     {"name": "cut", "set": ["train.micro_batch_size=1"]},
     {"name": "few", "set": ["train.global_batch_size=3"]},
 ]
+# A run that goes from two ranks of PyTorch to four of TensorFlow to one of PyTorch, each time by
+# a checkpoint that the one before left: (backend, ranks) -> where from, and the faults.
+CROSSINGS = {
+    ("tensorflow", 4): ("torch", 2, "data", [{"kind": "terminate", "rank": 0, "steps": [16]}]),
+    ("torch", 1): ("tensorflow", 4, "crossed", []),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,11 @@ def done(config):
         if (backend, ranks) not in jobs:
             folder = config.parent / f"{backend}-{ranks}"
             plan = {1: ONE, 2: TWO, 4: FOUR}[ranks]
+            if (backend, ranks) in CROSSINGS:
+                *before, name, faults = CROSSINGS[backend, ranks]
+                source = job(*before)[0] / name / "checkpoints"
+                shutil.copytree(source, folder / "crossed" / "checkpoints")
+                plan = [*plan, {"name": "crossed", "resume": True, "faults": faults}]
             answers = run_plan(folder, config, plan, backend, ranks)
             names = [entry["name"] + "+" * entry.get("resume", False) for entry in plan]
             jobs[backend, ranks] = folder, dict(zip(names, answers, strict=True))
@@ -143,6 +155,17 @@ def test_sigterm_on_one_rank_stops_all_and_the_resumed_run_repeats_the_whole_one
     assert losses(folder / "stop") == losses(folder / "whole")
     assert digests(folder / "stop") == digests(folder / "whole")
     assert [row["step"] for row in rows(folder / "stop", "evaluation")] == [25]
+
+
+def test_a_run_goes_from_one_framework_and_number_of_ranks_to_another(done):
+    four, answers = done("tensorflow", 4)
+    assert {answer["kind"] for answer in answers["crossed+"]} == {"Stopped"}
+    one, answers = done("torch", 1)
+    assert [answer["error"] for answer in answers["crossed+"]] == [None]
+    assert [row["step"] for row in rows(four / "crossed")] == list(range(11, 18))
+    assert [row["step"] for row in rows(one / "crossed")] == list(range(18, 26))
+    curve = losses(four / "crossed") + losses(one / "crossed")
+    assert difference(curve, losses(one / "whole")[10:]) < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
