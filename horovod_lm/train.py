@@ -32,7 +32,7 @@ from horovod_lm.data.batches import Batches, validation_batches
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.decode import generate
 from horovod_lm.drift import compare_replicas
-from horovod_lm.errors import HorovodLmError, Stopped, UserError
+from horovod_lm.errors import CollectiveFailed, HorovodLmError, Stopped, UserError
 from horovod_lm.hooks import (
     Checkpoint,
     Evaluation,
@@ -96,7 +96,8 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
 def _leave(communicator: Communicator, printing: bool) -> None:
     """Before all ranks end with the same error: launchers end a job as soon as one rank has failed,
     so wait until rank 0 has written its record, and let the rank that prints be the first."""
-    communicator.barrier()
+    with suppress(CollectiveFailed):
+        communicator.barrier()
     if not printing:
         time.sleep(1)
 

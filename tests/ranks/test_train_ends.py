@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from horovod_lm import checkpoint
+from horovod_lm.launch import reported_failure
 from tests.ranks.jobs import (
     BACKENDS,
     TRAIN,
@@ -164,3 +165,16 @@ def test_a_frozen_rank_ends_the_job_although_horovod_waits_for_it(config, log, t
         message = ended(job).only_message(1)
     assert message.startswith("a collective failed, since another rank does not answer")
     assert newest(output) >= 10
+
+
+def test_a_mistake_that_one_rank_sees_before_the_ranks_can_talk_ends_all(config, log, tmp_path):
+    arguments = train(config, tmp_path / "out")
+    other = [*arguments, "--set", f'data.text=["{tmp_path}/missing.txt"]']
+    result = run_job(log, arguments, 1, others=[other])
+    (message,) = result.messages
+    assert f"{tmp_path}/missing.txt" in message
+    # mpirun's own status may be another one, where it ends rank 0 while that connects to it.
+    assert result.code != 0
+    failure = reported_failure(result.text)
+    assert (failure.rank, failure.exit_code) == (1, 2)
+    assert not (tmp_path / "out").exists()
