@@ -106,10 +106,9 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint_and_no_process(
         assert state(output) == "stopped"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_rank_ends_the_job_and_the_run_can_be_resumed(backend, config, log, tmp_path):
+def test_a_killed_rank_ends_the_job_and_the_run_can_be_resumed(config, log, tmp_path):
     output = tmp_path / "out"
-    arguments = train(config, output, backend, *LONG)
+    arguments = train(config, output, "torch", *LONG)
     with started(log, arguments, 2) as job:
         wait_for_step(output, 12, job)
         rank_process(job, 1).kill()
