@@ -24,7 +24,11 @@ Examples:
   horovod-lm train configs/quickstart.toml --backend tensorflow
   mpirun -np 2 horovod-lm train configs/quickstart.toml --output runs/mine
   horovod-lm train configs/quickstart.toml --output runs/mine --resume
-  horovod-lm train configs/small.toml --set train.steps=50 --dry-run"""
+  horovod-lm train configs/small.toml --set train.steps=50 --dry-run
+
+\b
+SIGTERM or SIGUSR1 to a rank stops all ranks after their step, with a checkpoint. mpirun hands
+SIGUSR1 on and waits; on SIGTERM or Ctrl-C it kills its ranks after about a second."""
 
 
 def _refuse_ranks(context: click.Context, _: click.Parameter, value: str | None) -> None:

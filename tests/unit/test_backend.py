@@ -58,15 +58,14 @@ def test_an_unknown_name_is_refused_with_the_known_ones(installed):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "mend"),
-    [("torch", "pip install 'horovod_lm[torch]'"), ("other", "install what it needs")],
-)
-def test_a_missing_framework_is_named_with_the_mend(installed, name, mend):
+@pytest.mark.parametrize("name", ["torch", "other"])
+def test_a_missing_framework_is_named_with_the_mend(installed, name):
     with pytest.raises(UserError) as caught:
         load_backend(name)
-    expected = f"backend {name} needs no_such_framework, which is missing; {mend}"
-    assert str(caught.value) == expected
+    assert str(caught.value) == (
+        f"backend {name} can't be imported: No module named 'no_such_framework'; install "
+        f"no_such_framework, and see horovod-lm doctor"
+    )
 
 
 def test_the_status_bits_do_not_overlap():
