@@ -204,10 +204,8 @@ def load_backend(name: str, threads: int = 1) -> Backend:
     try:
         return found[0].load()(threads)
     except ImportError as error:
-        missing = error.name or ""
-        if not isinstance(error, ModuleNotFoundError) or missing.partition(".")[0] == "horovod":
-            require_horovod(name)
+        require_horovod(name)
         raise UserError(
-            f"backend {name} can't be imported: {error}; install {missing or 'what it needs'}, and "
-            f"see horovod-lm doctor"
+            f"backend {name} can't be imported: {error}; install {error.name or 'what it needs'}, "
+            f"and see horovod-lm doctor"
         ) from error
