@@ -232,7 +232,7 @@ class Comparison:
         ratio = statistics.median(ratios)
         many = _count(len(self.rounds), "round")
         return [
-            Line(f"tokens/s, median of {many}", medians, f"ratio {ratio:.2f}"),
+            Line(f"tokens/s, median of {many}", medians, f"median ratio {ratio:.2f}"),
             Line(
                 "  lowest–highest round",
                 (spans[0], spans[1]),
