@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from horovod_lm.backend import EngineState
 from horovod_lm.randomness import dropout_words
 from tests.parity.compare import difference, differences, within
 from tests.parity.conftest import ROWS, SEED, micro_batch, starting_weights
@@ -54,6 +55,19 @@ def test_logits_agree_with_the_reference_and_each_other(pair):
         within(f"logits, {name} to fp64", difference(array, expected), 1e-5)
     apart = difference(logits["tensorflow"], logits["torch"])
     within("logits, tensorflow to torch", apart, 1e-5)
+
+
+def test_the_step_that_xla_compiles_agrees_too(pair, reference, monkeypatch):
+    loss, expected = reference
+    monkeypatch.setattr("tf_backend.engine._compiles", lambda precision: True)
+    engine = type(pair.tensorflow)(
+        pair.spec, pair.settings, pair.tensorflow.communicator, pair.tensorflow.device
+    )
+    engine.load_state(EngineState(starting_weights(pair.spec)))
+    engine.forward_backward(micro_batch(pair.spec), STEP, 1.0)
+    assert engine.reduce_gradients().losses["lm"] == pytest.approx(loss, rel=1e-5)
+    worst = max(differences(engine.gradients(), expected).values())
+    within("a tensor's gradient, tensorflow with XLA to fp64", worst, 1e-4)
 
 
 def test_gradients_agree_with_the_reference_and_each_other(pair, reference):
