@@ -8,19 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 
 import matplotlib
 import psutil
 import pytest
 
-from horovod_lm.installed import Horovod
 from horovod_lm.launch import MARKER
+from tests.ranks.jobs import needs_horovod
 
-pytestmark = pytest.mark.skipif(
-    not (find_spec("torch") and find_spec("tensorflow") and Horovod.find().is_ours),
-    reason="needs torch, tensorflow and our Horovod",
-)
+pytestmark = needs_horovod
 
 CONFIG = """
 [model]
