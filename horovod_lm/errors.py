@@ -33,12 +33,6 @@ class UserError(HorovodLmError):
     exit_code = 2
 
 
-class Differs(HorovodLmError):
-    """Things that were compared are not the same (exit code 3)."""
-
-    exit_code = 3
-
-
 class Stopped(HorovodLmError):
     """The run was stopped by a signal, with a checkpoint: start it again with `--resume`.
 
