@@ -13,7 +13,8 @@ from horovod_lm.errors import UserError
 from horovod_lm.installed import require_horovod
 from horovod_lm.spec import ModelSpec
 
-Precision = Literal["fp32", "bf16", "fp16"]
+# fp64 is the referee of `horovod-lm parity`: no run trains in it.
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 # Bits of a rank's status, which travels in the reduced buffer.
 STOP, INTERRUPT, ERROR, OVERFLOW = 1, 2, 4, 8
@@ -80,12 +81,14 @@ class EngineSettings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.01
+    dropout_generator: Literal["shared", "native"] = "shared"
 
 
 @dataclass
 class EngineState:
-    """Everything that an engine knows: by canonical name, fp32 `weights` and `moments`
-    (`first`, `second` -> name -> array), and the number of applied `updates`."""
+    """Everything that an engine knows: by canonical name, `weights` and `moments` (`first`,
+    `second` -> name -> array) in fp32 (fp64 where the engine's precision is), and the number of
+    applied `updates`."""
 
     weights: dict[str, np.ndarray]
     moments: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -140,6 +143,10 @@ class Engine(Protocol):
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """(B, L, V) fp32 logits without dropout."""
+
+    def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
+        """The activations of one forward with the dropout of `step`, by site, in the order of
+        computation, fp32 (fp64 where the precision is); see `horovod_lm.parity` for the sites."""
 
     def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         """Begin decoding after prompts (B, L) int32 of equal length: the (B, V) fp32 logits of the

@@ -50,6 +50,11 @@ class Train(_Section):
     )
     seed: int = Field(1, ge=0, lt=2**63, description="of weights, data order and dropout")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the products")
+    dropout_generator: Literal["shared", "native"] = Field(
+        "shared",
+        description="shared: the same masks in every framework and on any number of ranks; native: "
+        "the framework's own",
+    )
     max_norm: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
     check_every: int = Field(
         100, ge=0, description="updates between comparisons of the replicas; 0: only the first"

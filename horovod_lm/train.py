@@ -140,6 +140,7 @@ def make_engine(
         beta2=optimizer.beta2,
         epsilon=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
+        dropout_generator=config.train.dropout_generator,
     )
     return backend.engine(config.model, settings, communicator)
 
