@@ -11,6 +11,7 @@ import numpy as np
 
 from horovod_lm.errors import UserError
 from horovod_lm.installed import require_horovod
+from horovod_lm.optimizers import OptimizerName
 from horovod_lm.spec import ModelSpec
 
 # fp64 is the referee of `horovod-lm parity`: no run trains in it.
@@ -71,24 +72,26 @@ class Reduced:
 @dataclass(frozen=True)
 class EngineSettings:
     """What an engine needs beside the spec. `loss_names` are the names of the losses in every
-    micro-batch, in order. Optimizer: AdamW (Loshchilov and Hutter, 2019) as the spec of the
-    project defines it (see the backends' `optimizer`)."""
+    micro-batch, in order. The backends' `optimizer` has the formula of each optimizer, and
+    `horovod_lm.optimizers` what it reads of what stands here."""
 
     precision: Precision = "fp32"
     seed: int = 0
     loss_names: tuple[str, ...] = ("lm",)
+    optimizer: OptimizerName = "adamw"
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    momentum: float = 0.9
     weight_decay: float = 0.01
     dropout_generator: Literal["shared", "native"] = "shared"
 
 
 @dataclass
 class EngineState:
-    """Everything that an engine knows: by canonical name, `weights` and `moments` (`first`,
-    `second` -> name -> array) in fp32 (fp64 where the engine's precision is), and the number of
-    applied `updates`."""
+    """Everything that an engine knows: by canonical name, `weights` and `moments` (moment -> name
+    -> array, see `horovod_lm.optimizers.moment_shapes`) in fp32 (fp64 where the engine's precision
+    is), and the number of applied `updates`."""
 
     weights: dict[str, np.ndarray]
     moments: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -164,7 +167,8 @@ class Engine(Protocol):
         """A copy of weights, moments and update count."""
 
     def load_state(self, state: EngineState) -> None:
-        """Take over `state`; without moments they start at 0."""
+        """Take over `state`; without moments they start at 0. Moments must be those of this
+        engine's optimizer."""
 
     def synchronise(self) -> None:
         """Return when the device has done all that was asked of it (for timing)."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from horovod_lm.backend import EngineState
 from horovod_lm.config import Config
 from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.optimizers import KEYS, moment_shapes
 from horovod_lm.spec import ModelSpec
 
 MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "weights.safetensors", "moments.safetensors"
@@ -56,7 +57,8 @@ class _File(BaseModel):
 
 class _Manifest(BaseModel):
     """What `manifest.json` may hold. File names are two fixed ones, so they cannot lead out of the
-    folder; `tensors` are the shapes of the weights, which the moments share."""
+    folder; `tensors` are the shapes of the weights, from which with the optimizer's name in `run`
+    those of the moments follow."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -265,11 +267,23 @@ def load(path: Path) -> RunState:
         for key, array in _read_tensors(path / MOMENTS).items():
             moment, _, name = key.partition(".")
             moments.setdefault(moment, {})[name] = array
-        for file, table in ((WEIGHTS, weights), *((MOMENTS, m) for m in moments.values())):
-            if {n: a.shape for n, a in table.items()} != manifest.tensors:
-                raise ValueError(f"{file} does not hold the tensors that {MANIFEST} lists")
+        if _shapes(weights) != manifest.tensors:
+            raise ValueError(f"{WEIGHTS} does not hold the tensors that {MANIFEST} lists")
+        optimizer = manifest.run.get("optimizer.name")
+        if not isinstance(optimizer, str) or optimizer not in KEYS:
+            raise ValueError(f"{MANIFEST}: run: optimizer.name is {_shown(optimizer)}")
+        expected = moment_shapes(optimizer, manifest.tensors)
+        if moments and {m: _shapes(table) for m, table in moments.items()} != expected:
+            raise ValueError(
+                f"{MOMENTS} does not hold the moments of {optimizer} for the tensors that "
+                f"{MANIFEST} lists"
+            )
         engine = EngineState(weights, moments, manifest.updates)
         return RunState(manifest.step, manifest.updates, manifest.scaler, engine, manifest.extra)
+
+
+def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in tensors.items()}
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from horovod_lm.errors import UserError
+from horovod_lm.optimizers import KEYS, OptimizerName
 from horovod_lm.spec import ModelSpec
 
 
@@ -70,14 +71,35 @@ class Train(_Section):
 
 
 class Optimizer(_Section):
-    """`[optimizer]`: AdamW; weight decay applies to kernels and token embeddings."""
+    """`[optimizer]`: how gradients move weights; weight decay applies to kernels and token
+    embeddings. A key that the chosen optimizer does not read (see `optimizers.KEYS`) is refused."""
 
-    name: Literal["adamw"] = Field("adamw", description="the update rule")
-    learning_rate: float = Field(1e-3, gt=0, le=100, description="peak of the schedule")
+    name: OptimizerName = Field("adamw", description="adam is adamw without weight decay")
+    learning_rate: float = Field(
+        1e-3, gt=0, le=100, description="peak of the schedule; adafactor's is relative to weights"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, le=1, description="outside the square root")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd; a sum of gradients alone")
     weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled, times learning rate")
+
+    @model_validator(mode="after")
+    def _read(self) -> Optimizer:
+        for key in self.unread:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} = {value:g} means nothing to {self.name}, which reads learning_rate, "
+                    f"{', '.join(KEYS[self.name])}; leave {key} out, or choose another name"
+                )
+        return self
+
+    @property
+    def unread(self) -> list[str]:
+        """The keys that this optimizer does not read."""
+        read = ("name", "learning_rate", *KEYS[self.name])
+        return [key for key in type(self).model_fields if key not in read]
 
 
 class Schedule(_Section):
@@ -207,9 +229,9 @@ class Config(_Section):
         """The part of `identity` that decides which weights come out, flat, as `section.key`: a
         resumed run must not change it.
 
-        Left out are evaluation, checkpoints, comparisons of replicas, and the micro-batch size
-        (accumulation changes memory, not results). `train.steps` counts only where the schedule
-        ends with it: then it stands as `schedule.updates`.
+        Left out are evaluation, checkpoints, comparisons of replicas, keys that the optimizer does
+        not read, and the micro-batch size (accumulation changes memory, not results). `train.steps`
+        counts only where the schedule ends with it: then it stands as `schedule.updates`.
         """
         values = {
             f"{section}.{key}": value
@@ -218,7 +240,8 @@ class Config(_Section):
             for key, value in keys.items()
         }
         steps = values.pop("train.steps")
-        for key in ("train.check_every", "train.micro_batch_size"):
+        unread = [f"optimizer.{key}" for key in self.optimizer.unread]
+        for key in ("train.check_every", "train.micro_batch_size", *unread):
             del values[key]
         ends = self.schedule.name in ("cosine", "linear")
         values["schedule.updates"] = (self.schedule.updates or steps) if ends else None

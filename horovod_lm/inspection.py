@@ -93,7 +93,7 @@ def describe(config: Config) -> dict[str, Any]:
         "decayed": sum(p.size for p in spec.parameters if p.decay),
         "flops_per_token": spec.flops_per_token(),
         "micro_batch_rows": micro,
-        "memory": spec.memory(micro, config.train.precision),
+        "memory": spec.memory(micro, config.train.precision, config.optimizer.name),
     }
 
 
@@ -108,12 +108,13 @@ def micro_batch_rows(config: Config, ranks: int) -> int:
 def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
     """What a run of `config` on `ranks` ranks will do with a corpus of `training_tokens`.
 
-    FLOPs are those of all ranks; memory is bytes of one rank; checkpoints are fp32 weights and two
+    FLOPs are those of all ranks; memory is bytes of one rank; checkpoints are fp32 weights and
     moments, one of them unfinished beside those that are kept.
     """
     spec, settings = config.model, config.train
     tokens = settings.global_batch_size * spec.context
     micro = micro_batch_rows(config, ranks)
+    memory = spec.memory(micro, settings.precision, config.optimizer.name)
     return {
         "parameters": spec.size,
         "backend": config.launch.backend,
@@ -124,11 +125,11 @@ def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
         "micro_batches": -(-settings.global_batch_size // (ranks * micro)),
         "tokens_per_step": tokens,
         "flops_per_step": tokens * spec.flops_per_token(),
-        "memory": spec.memory(micro, settings.precision),
+        "memory": memory,
         "steps": settings.steps,
         "tokens": settings.steps * tokens,
         "epochs": settings.steps * tokens / training_tokens,
-        "checkpoint_bytes": (config.checkpoint.keep + 1) * 12 * spec.size,
+        "checkpoint_bytes": (config.checkpoint.keep + 1) * (memory["weights"] + memory["moments"]),
     }
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from horovod_lm.optimizers import moment_size
+
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
 
@@ -150,9 +152,12 @@ class ModelSpec(BaseModel):
             keys += self.layers * length
         return 6.0 * products + 12.0 * self.width * keys
 
-    def memory(self, rows: int, precision: str = "fp32") -> dict[str, int]:
+    def memory(
+        self, rows: int, precision: str = "fp32", optimizer: str = "adamw"
+    ) -> dict[str, int]:
         """Bytes of one rank by part, for micro-batches of `rows` full sequences: fp32 weights,
-        gradients and two moments, and an estimate of the activations that the backward needs."""
+        gradients and the optimizer's moments, and an estimate of the activations that the backward
+        needs."""
         width, inner = self.width, self.inner_width
         element = 4 if precision == "fp32" else 2
         square = self.heads * self.context
@@ -162,7 +167,7 @@ class ModelSpec(BaseModel):
         return {
             "weights": weights,
             "gradients": weights,
-            "moments": 2 * weights,
+            "moments": 4 * moment_size(optimizer, {p.name: p.shape for p in self.parameters}),
             "activations": tokens * row * sum(self.stacks.values()),
             "logits": min(tokens, 512) * self.vocabulary * 4,
         }

@@ -136,9 +136,11 @@ def make_engine(
         precision=config.train.precision,
         seed=config.train.seed,
         loss_names=objective.loss_names,
+        optimizer=optimizer.name,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,
         epsilon=optimizer.epsilon,
+        momentum=optimizer.momentum,
         weight_decay=optimizer.weight_decay,
         dropout_generator=config.train.dropout_generator,
     )
