@@ -22,7 +22,7 @@ from tf_backend.communicator import Communicator
 from tf_backend.layers import Words
 from tf_backend.loss import head_loss
 from tf_backend.model import Transformer
-from tf_backend.optimizer import AdamW, global_norm
+from tf_backend.optimizer import OPTIMIZERS, global_norm
 from tf_backend.weights import Weights
 
 
@@ -46,7 +46,7 @@ class Engine:
             self.model.build()
             tail = len(settings.loss_names) + communicator.size
             self.weights = Weights(self.model, spec, tail, device)
-            self.optimizer = AdamW(self.weights, settings)
+            self.optimizer = OPTIMIZERS[settings.optimizer](self.weights, settings)
         self._backward = tf.function(
             self._buffer, autograph=False, jit_compile=_compiles(settings.precision)
         )
@@ -137,18 +137,14 @@ class Engine:
 
     def state(self) -> EngineState:
         """A copy of weights, moments and update count."""
-        moments = {name: self.weights.read(m) for name, m in self.optimizer.moments.items()}
-        return EngineState(self.weights.read(self.weights.values), moments, self.updates)
+        return EngineState(
+            self.weights.read(self.weights.values), self.optimizer.state(), self.updates
+        )
 
     def load_state(self, state: EngineState) -> None:
         """Take over `state`; without moments they start at 0."""
         self.weights.write(self.weights.values, state.weights)
-        for name, moment in self.optimizer.moments.items():
-            if name in state.moments:
-                self.weights.write(moment, state.moments[name])
-            else:
-                for variable in moment:
-                    variable.assign(tf.zeros_like(variable))
+        self.optimizer.load_state(state.moments)
         self.updates = state.updates
 
     def synchronise(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import keras
@@ -28,12 +29,18 @@ def own_name(canonical: str) -> tuple[str, int | None]:
     return canonical, None
 
 
+def block(shape: Sequence[int], parts: int) -> tuple[int, int, int]:
+    """The shape (rows, parts, columns) of a tensor that holds `parts` canonical matrices."""
+    rows, columns = (1, 1, *shape)[-2:]
+    return rows, parts, columns // parts
+
+
 class Weights:
     """All variables of a model, and their gradients in one flat buffer, which makes the allreduce
     one operation.
 
     `values`: the variables; `decays`: for each, whether weight decay applies; `gradients`
-    (P + tail,) fp32, whose last `tail` elements travel with the gradients.
+    (P + tail,), whose last `tail` elements travel with the gradients.
     """
 
     def __init__(self, model: keras.Model, spec: ModelSpec, tail: int, device: str) -> None:
@@ -43,14 +50,16 @@ class Weights:
         order: dict[str, bool] = {}
         for parameter in spec.parameters:
             order.setdefault(own_name(parameter.name)[0], parameter.decay)
+        parts = Counter(own_name(parameter.name)[0] for parameter in spec.parameters)
         assert set(order) == set(own), set(order) ^ set(own)
         self._index = {name: index for index, name in enumerate(order)}
         self.values: list[tf.Variable] = [own[name] for name in order]
-        self.decays = list(order.values())
+        self.names, self.decays = list(order), list(order.values())
+        self.blocks = [block(own[name].shape, parts[name]) for name in order]
         self.sizes = [math.prod(value.shape) for value in self.values]
         self._ends = list(itertools.accumulate(self.sizes))
         self.size = self._ends[-1]
-        self.gradients = tf.zeros(self.size + tail)
+        self.gradients = tf.zeros(self.size + tail, self.values[0].dtype)
 
     def read(self, buffer: Sequence[tf.Tensor | tf.Variable]) -> dict[str, np.ndarray]:
         """Copies of all canonical tensors among own tensors in the order of `values`."""
@@ -65,7 +74,7 @@ class Weights:
     def write(self, buffer: Sequence[tf.Variable], tensors: Mapping[str, np.ndarray]) -> None:
         """Fill variables in the order of `values` from canonical tensors. Raises `KeyError` for a
         missing one."""
-        arrays = [np.empty(value.shape, np.float32) for value in self.values]
+        arrays = [np.empty(v.shape, v.dtype.as_numpy_dtype) for v in self.values]
         for parameter in self.spec.parameters:
             name, third = own_name(parameter.name)
             array = arrays[self._index[name]]

@@ -22,7 +22,7 @@ from torch_backend.communicator import Communicator
 from torch_backend.layers import Words
 from torch_backend.loss import head_loss
 from torch_backend.model import Transformer
-from torch_backend.optimizer import AdamW, global_norm
+from torch_backend.optimizer import OPTIMIZERS, global_norm
 from torch_backend.weights import Weights
 
 
@@ -42,7 +42,7 @@ class Engine:
         self.model = Transformer(spec, settings.precision).to(device)
         tail = len(settings.loss_names) + communicator.size
         self.weights = Weights(self.model, spec, tail, device)
-        self.optimizer = AdamW(self.weights, settings)
+        self.optimizer = OPTIMIZERS[settings.optimizer](self.weights, settings)
         self.updates = 0
         self._norm = 0.0
         self._loss_scale = 1.0
@@ -126,18 +126,15 @@ class Engine:
 
     def state(self) -> EngineState:
         """A copy of weights, moments and update count."""
-        moments = {name: self.weights.read(m) for name, m in self.optimizer.moments.items()}
-        return EngineState(self.weights.read(self.weights.values), moments, self.updates)
+        return EngineState(
+            self.weights.read(self.weights.values), self.optimizer.state(), self.updates
+        )
 
     @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
         """Take over `state`; without moments they start at 0."""
         self.weights.write(self.weights.values, state.weights)
-        for name, moment in self.optimizer.moments.items():
-            if name in state.moments:
-                self.weights.write(moment, state.moments[name])
-            else:
-                moment.zero_()
+        self.optimizer.load_state(state.moments)
         self.updates = state.updates
 
     def synchronise(self) -> None:

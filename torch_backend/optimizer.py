@@ -1,13 +1,18 @@
-"""The optimizer on flat buffers, and the global norm."""
+"""The optimizers on flat buffers, and the global norm."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from horovod_lm.backend import EngineSettings
-from torch_backend.weights import Weights
+from horovod_lm.optimizers import moment_shapes
+from torch_backend.weights import Weights, own_name
 
 
 def global_norm(weights: Weights) -> float:
@@ -22,8 +27,45 @@ def global_norm(weights: Weights) -> float:
     return math.sqrt(total) if total >= 0 else math.nan
 
 
-class AdamW:
-    """AdamW (Loshchilov and Hutter, 2019): with g the gradient and t the update's number from 1,
+def _root_mean_square(block: torch.Tensor) -> torch.Tensor:
+    """Of each part of a block (rows, parts, columns), as (parts,) fp64."""
+    return block.square().mean(2).double().mean(0).sqrt()
+
+
+class Optimizer:
+    """What all optimizers share: by default each moment is a flat buffer like the weights.
+
+    In the formulas g is the gradient, w the weights, lr the learning rate, t the update's number
+    from 1; decay is 0 for parameters without weight decay. All decay is decoupled (Loshchilov and
+    Hutter, 2019): it enters no moment. Corrections that depend on t come from the host in fp64.
+    """
+
+    moment_names: tuple[str, ...] = ("first", "second")
+
+    def __init__(self, weights: Weights, settings: EngineSettings) -> None:
+        self.weights, self.settings = weights, settings
+        self.moments = {name: torch.zeros_like(weights.values) for name in self.moment_names}
+
+    def step(self, learning_rate: float, update: int) -> None:
+        """Apply update number `update` (from 1) to the weights, in place."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Copies of the moments, by moment and canonical name."""
+        return {name: self.weights.read(moment) for name, moment in self.moments.items()}
+
+    def load_state(self, moments: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Take over moments; none at all: they are 0."""
+        assert not moments or moments.keys() == self.moments.keys(), list(moments)
+        for name, moment in self.moments.items():
+            if moments:
+                self.weights.write(moment, moments[name])
+            else:
+                moment.zero_()
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019):
     m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
     w = w - lr decay w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon).
 
@@ -31,36 +73,199 @@ class AdamW:
     without weight decay.
     """
 
+    def step(self, learning_rate: float, update: int) -> None:
+        """Apply update number `update` (from 1) to the weights, in place."""
+        self._adam.step(learning_rate, update)
+
+    @cached_property
+    def _adam(self) -> _TorchAdamW:
+        weights = self.weights
+        decays = [
+            (slice(0, weights.decayed), self.settings.weight_decay),
+            (slice(weights.decayed, weights.size), 0.0),
+        ]
+        return _TorchAdamW(weights.values, weights.gradients, self.moments, decays, self.settings)
+
+
+class Adam(AdamW):
+    """Adam (Kingma and Ba, 2015): AdamW without weight decay."""
+
     def __init__(self, weights: Weights, settings: EngineSettings) -> None:
-        self.moments = {
-            "first": torch.zeros_like(weights.values),
-            "second": torch.zeros_like(weights.values),
-        }
-        parts = [slice(0, weights.decayed), slice(weights.decayed, weights.size)]
-        decays = [settings.weight_decay, 0.0]
-        groups, self._steps = [], []
-        for part, decay in zip(parts, decays, strict=True):
-            flat = torch.nn.Parameter(weights.values[part])
-            flat.grad = weights.gradients[part]
-            groups.append({"params": [flat], "weight_decay": decay})
-        self._torch = torch.optim.AdamW(
-            groups,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            fused=True,
-        )
-        for part, group in zip(parts, self._torch.param_groups, strict=True):
-            step = torch.zeros((), dtype=torch.float32, device=weights.values.device)
-            self._steps.append(step)
-            self._torch.state[group["params"][0]] = {
-                "step": step,
-                "exp_avg": self.moments["first"][part],
-                "exp_avg_sq": self.moments["second"][part],
+        super().__init__(weights, replace(settings, weight_decay=0.0))
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum (Polyak, 1964; Sutskever et al., 2013):
+    m = momentum m + g, w = w - lr decay w - lr m.
+
+    The learning rate is not in m, so that a schedule acts at once. Not torch's SGD, which adds
+    decay w to g.
+    """
+
+    moment_names = ("first",)
+
+    def step(self, learning_rate: float, update: int) -> None:
+        """Apply update number `update` (from 1) to the weights, in place."""
+        weights, first = self.weights, self.moments["first"]
+        gradients = weights.gradients[: weights.size]
+        torch.add(gradients, first, alpha=self.settings.momentum, out=first)
+        weights.values[: weights.decayed].mul_(1 - learning_rate * self.settings.weight_decay)
+        weights.values.add_(first, alpha=-learning_rate)
+
+
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer and Stern, 2018, algorithms 4 to 6) without a first moment, with the
+    learning rate for their relative step size: for a matrix, with s = 1 - t^-0.8,
+    R = s R + (1 - s) mean over columns of (g^2 + 1e-30),
+    C = s C + (1 - s) mean over rows of (g^2 + 1e-30),
+    u = g / sqrt(R C / mean(R)),
+    w = w - lr decay w - lr max(1e-3, rms(w)) u / max(1, rms(u)),
+    and for a vector V = s V + (1 - s) (g^2 + 1e-30) with u = g / sqrt(V).
+
+    Each canonical parameter is factored by itself, so query, key and value are three matrices. As
+    steps are relative to the weights' size, learning rates are about ten times AdamW's.
+    """
+
+    def __init__(self, weights: Weights, settings: EngineSettings) -> None:
+        self.weights, self.settings = weights, settings
+        shapes = {p.name: p.shape for p in weights.spec.parameters}
+        # By own name, the moments of the canonical parameters in it as rows: (parts, elements).
+        self.moments: dict[str, dict[str, torch.Tensor]] = {}
+        for moment, table in moment_shapes("adafactor", shapes).items():
+            own = {own_name(canonical)[0]: shape for canonical, shape in table.items()}
+            self.moments[moment] = {
+                name: weights.values.new_zeros(block[1], *own[name])
+                for name, block in zip(weights.names, weights.blocks, strict=True)
+                if name in own
             }
 
     def step(self, learning_rate: float, update: int) -> None:
-        """Apply update number `update` (from 1) to the flat weights, in place."""
+        """Apply update number `update` (from 1) to the weights, in place."""
+        weights, newest = self.weights, update**-0.8
+        own = zip(
+            weights.names,
+            weights.blocks,
+            weights.decays,
+            weights.views(weights.values),
+            weights.views(weights.gradients),
+            strict=True,
+        )
+        for name, block, decays, value, gradient in own:
+            value, gradient = value.view(block), gradient.view(block)
+            direction = self._direction(name, gradient, newest)
+            rate = learning_rate * _root_mean_square(value).clamp(min=1e-3)
+            rate /= _root_mean_square(direction).clamp(min=1)
+            if decays:
+                value.mul_(1 - learning_rate * self.settings.weight_decay)
+            value.sub_(direction.mul_(rate.to(value.dtype)[:, None]))
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """Copies of the moments, by moment and canonical name."""
+        return {
+            moment: {canonical: np.array(view.cpu().numpy()) for canonical, view in table.items()}
+            for moment, table in self._views().items()
+        }
+
+    def load_state(self, moments: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Take over moments; none at all: they are 0."""
+        assert not moments or moments.keys() == self.moments.keys(), list(moments)
+        for moment, table in self._views().items():
+            for canonical, view in table.items():
+                if moments:
+                    view.copy_(torch.from_numpy(np.ascontiguousarray(moments[moment][canonical])))
+                else:
+                    view.zero_()
+
+    def _direction(self, name: str, gradient: torch.Tensor, newest: float) -> torch.Tensor:
+        """u, as (rows, parts, columns), after the moments took in the gradient."""
+        squares = gradient.square().add_(1e-30)
+        if name in self.moments["second"]:
+            second = self.moments["second"][name].lerp_(squares[0], newest)
+            return gradient * second.rsqrt()
+        row = self.moments["row"][name].lerp_(squares.mean(2).T, newest)
+        column = self.moments["column"][name].lerp_(squares.mean(0), newest)
+        factor = (row / row.mean(1, keepdim=True)).rsqrt().T
+        return gradient * factor[:, :, None] * column.rsqrt()
+
+    def _views(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The moments by moment and canonical name, as views."""
+        views: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in self.moments}
+        for parameter in self.weights.spec.parameters:
+            name, third = own_name(parameter.name)
+            for moment, table in self.moments.items():
+                if name in table:
+                    views[moment][parameter.name] = table[name][third or 0]
+        return views
+
+
+class Lamb(Optimizer):
+    """LAMB (You et al., 2020, algorithm 2): with m and v as in AdamW,
+    u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon) + decay w,
+    w = w - lr u |w| / |u|, with norms of each canonical parameter (so of query, key and value
+    apart).
+
+    The ratio is 1 where |w| or |u| is 0, and, as in the authors' code, for parameters without
+    weight decay. torch's AdamW makes the step of rate 1 from 0, which is u without its decay.
+    """
+
+    def step(self, learning_rate: float, update: int) -> None:
+        """Apply update number `update` (from 1) to the weights, in place."""
+        weights, step = self.weights, self._adam.values.zero_()
+        self._adam.step(1.0, update)
+        decayed = slice(0, weights.decayed)
+        step[decayed].add_(weights.values[decayed], alpha=-self.settings.weight_decay)
+        own = zip(
+            weights.blocks, weights.decays, weights.views(weights.values), weights.views(step),
+            strict=True,
+        )  # fmt: skip
+        for block, decays, value, part in own:
+            if decays:
+                value, part = value.view(block), part.view(block)
+                norm, length = _root_mean_square(value), _root_mean_square(part)
+                ratio = torch.where((norm > 0) & (length > 0), norm / length, 1.0)
+                part.mul_(ratio.to(value.dtype)[:, None])
+        weights.values.add_(step, alpha=learning_rate)
+
+    @cached_property
+    def _adam(self) -> _TorchAdamW:
+        weights = self.weights
+        step, decays = torch.zeros_like(weights.values), [(slice(0, weights.size), 0.0)]
+        return _TorchAdamW(step, weights.gradients, self.moments, decays, self.settings)
+
+
+class _TorchAdamW:
+    """torch's own AdamW on slices of flat buffers, each with a weight decay."""
+
+    def __init__(self, values, gradients, moments, decays, settings) -> None:
+        self.values = values
+        groups, self._steps = [], []
+        for part, decay in decays:
+            flat = torch.nn.Parameter(values[part])
+            flat.grad = gradients[part]
+            groups.append({"params": [flat], "weight_decay": decay})
+        self._torch = torch.optim.AdamW(
+            groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
+        )
+        for (part, _), group in zip(decays, self._torch.param_groups, strict=True):
+            step = torch.zeros((), dtype=torch.float32, device=values.device)
+            self._steps.append(step)
+            self._torch.state[group["params"][0]] = {
+                "step": step,
+                "exp_avg": moments["first"][part],
+                "exp_avg_sq": moments["second"][part],
+            }
+
+    def step(self, learning_rate: float, update: int) -> None:
         for group, step in zip(self._torch.param_groups, self._steps, strict=True):
             group["lr"] = learning_rate
             step.fill_(update - 1)
         self._torch.step()
+
+
+OPTIMIZERS: Mapping[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "adam": Adam,
+    "sgd": SGD,
+    "adafactor": Adafactor,
+    "lamb": Lamb,
+}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,12 +27,21 @@ def own_name(canonical: str) -> tuple[str, int | None]:
     return canonical, None
 
 
+def block(shape: Sequence[int], parts: int) -> tuple[int, int, int]:
+    """The shape (rows, parts, columns) of a tensor that holds `parts` canonical matrices."""
+    rows, columns = (1, 1, *shape)[-2:]
+    return rows, parts, columns // parts
+
+
 class Weights:
     """All parameters of a model as views of one flat buffer, and their gradients as views of
     another, which makes allreduce, norm and update one operation each. Parameters with weight
     decay come first.
 
     `values` (P,); `gradients` (P + tail,), whose last `tail` elements travel with the gradients.
+    For each own tensor, in order: its name in `names`; in `decays`, whether weight decay applies;
+    in `blocks` (rows, parts, columns), that is `parts` canonical matrices side by side, or
+    (1, 1, elements) of a vector.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, tail: int, device: torch.device) -> None:
@@ -40,8 +50,11 @@ class Weights:
         order: dict[str, bool] = {}
         for parameter in spec.parameters:
             order.setdefault(own_name(parameter.name)[0], parameter.decay)
+        parts = Counter(own_name(parameter.name)[0] for parameter in spec.parameters)
         assert set(order) == set(own), set(order) ^ set(own)
         names = sorted(order, key=lambda name: not order[name])
+        self.names, self.decays = names, [order[name] for name in names]
+        self.blocks = [block(own[name].shape, parts[name]) for name in names]
         self.size = sum(own[name].numel() for name in names)
         self.decayed = sum(own[name].numel() for name in names if order[name])
         self.values = torch.zeros(self.size, device=device)
