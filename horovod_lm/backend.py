@@ -163,6 +163,10 @@ class Engine(Protocol):
         """The reduced and unscaled gradient, by canonical name; read it between
         `reduce_gradients` and `apply_gradients`, which may clip it in place."""
 
+    def load_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Take `gradients`, by canonical name, for what `reduce_gradients` has given, and their
+        global norm with them: two engines can then be asked for the same update."""
+
     def state(self) -> EngineState:
         """A copy of weights, moments and update count."""
 

@@ -24,6 +24,7 @@ from horovod_lm.backend import (
     Engine,
     EngineSettings,
     EngineState,
+    Precision,
     load_backend,
 )
 from horovod_lm.config import Config, load_config
@@ -39,6 +40,7 @@ from horovod_lm.hooks import (
     Metrics,
     MetricsFile,
     ReplicaCheck,
+    WeightSketches,
     local_evaluation,
     peak_memory,
     perplexity,
@@ -128,12 +130,16 @@ def same_config(communicator: Communicator, config: Config, prepared: Prepared) 
 
 
 def make_engine(
-    config: Config, objective: Objective, backend: Backend, communicator: Communicator
+    config: Config,
+    objective: Objective,
+    backend: Backend,
+    communicator: Communicator,
+    precision: Precision | None = None,
 ) -> Engine:
-    """The engine of a config, with zero weights."""
+    """The engine of a config, with zero weights, in `precision` (default: the config's)."""
     optimizer = config.optimizer
     settings = EngineSettings(
-        precision=config.train.precision,
+        precision=precision or config.train.precision,
         seed=config.train.seed,
         loss_names=objective.loss_names,
         optimizer=optimizer.name,
@@ -261,6 +267,10 @@ class Training:
         )
         hooks: list[Hook] = [metrics, ReplicaCheck(config.train.check_every), evaluation, saving]
         try:
+            if config.output.weights_every:
+                hooks.append(sketches := WeightSketches(config.output.weights_every, sinks))
+                with run.guard():
+                    sketches.start(run)
             with listening(run):
                 train_steps(run, hooks)
                 memory = self._memory()
