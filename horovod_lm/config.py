@@ -159,6 +159,9 @@ class Output(_Section):
     folder: str | None = Field(None, description="default: runs/NAME-TIME")
     tensorboard: bool = Field(True, description="also write TensorBoard files")
     log_every: int = Field(10, ge=1, description="steps between lines of a log")
+    weights_every: int = Field(
+        20, ge=0, description="steps between sketches of the weights, for the report; 0: none"
+    )
 
 
 class Launch(_Section):
@@ -305,7 +308,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = raw
     if key not in known_keys():
-        raise UserError(f"--set {key}: {_unknown(key, known_keys())}")
+        raise UserError(f"--set {key}: {unknown_key(key)}")
     section, _, name = key.rpartition(".")
     target = values
     if section:
@@ -315,7 +318,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def unknown_key(key: str, sections: bool = False) -> str:
+    """That there is no such key, and the nearest one that there is; `sections` are keys too."""
+    known = known_keys() + (list(Config.model_fields) if sections else [])
     tail = key.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == tail][:1]  # in another section
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -329,7 +334,7 @@ def _explain(error: ValidationError, where: str) -> list[str]:
         key = ".".join(str(part) for part in fault["loc"])
         given, context = fault["input"], fault.get("ctx", {})
         if fault["type"] == "extra_forbidden":
-            text = _unknown(key, known_keys() + list(Config.model_fields))
+            text = unknown_key(key, sections=True)
         elif fault["type"] == "value_error":
             text = f"{key}: {context['error']}" if key else str(context["error"])
         else:

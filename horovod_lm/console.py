@@ -44,12 +44,12 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
             print(text, flush=True)
 
     def __call__(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "evaluation":
-            if row["loss"] is not None:
-                self.say(
-                    f"step {row['step']}: validation loss {row['loss']:.4f} nats per token, "
-                    f"perplexity {row['perplexity'] or float('inf'):.1f}"
-                )
+        if row["kind"] == "evaluation" and row["loss"] is not None:
+            self.say(
+                f"step {row['step']}: validation loss {row['loss']:.4f} nats per token, "
+                f"perplexity {row['perplexity'] or float('inf'):.1f}"
+            )
+        if row["kind"] != "step":
             return
         self._tokens += row["tokens"]
         self._seconds += row["seconds"]

@@ -17,6 +17,7 @@ from horovod_lm.backend import Engine, MicroBatch, Reduced
 from horovod_lm.checkpoint import RunState, save
 from horovod_lm.drift import compare_replicas
 from horovod_lm.loop import Run, overflow_of
+from horovod_lm.sketch import sketch
 
 
 def peak_memory() -> float:
@@ -141,6 +142,35 @@ def local_evaluation(engine: Engine, batches: Iterator[MicroBatch]) -> np.ndarra
 def perplexity(loss: float) -> float:
     """exp(loss), inf where that is too large."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+class WeightSketches:
+    """Rank 0 gives each sink a row with a sketch of every layer's weights: two runs' reports tell
+    from them how far their weights have drifted apart."""
+
+    def __init__(self, every: int, sinks: list[Callable[[dict[str, Any]], None]]) -> None:
+        self.every = every
+        self._sinks = sinks
+
+    def start(self, run: Run) -> None:
+        """The weights that a new run starts with are those of step 0."""
+        if run.step == 0:
+            self(run)
+
+    def __call__(self, run: Run, reduced: Reduced | None = None) -> None:
+        if not self._sinks or run.stopped:
+            return
+        with run.clock.pause():
+            found = sketch(run.engine.state().weights)
+            row = {
+                "kind": "weights",
+                "step": run.step,
+                # enough digits that the rounding of fp32 weights shows in a difference
+                "sketch": {k: [float(f"{v:.12g}") for v in s] for k, s in found.items()},
+                "time": time.time(),
+            }
+            for sink in self._sinks:
+                sink(row)
 
 
 class Checkpoint:

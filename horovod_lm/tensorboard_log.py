@@ -32,6 +32,8 @@ class TensorBoardLog:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def __call__(self, row: dict[str, Any]) -> None:
+        if row["kind"] not in ("step", "evaluation"):
+            return
         if row["kind"] == "evaluation":
             values = {"validation/loss": row["loss"], "validation/perplexity": row["perplexity"]}
         else:

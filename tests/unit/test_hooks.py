@@ -12,9 +12,17 @@ from horovod_lm.backend import EngineState
 from horovod_lm.config import make_config
 from horovod_lm.data.batches import validation_batches
 from horovod_lm.errors import RunFailed
-from horovod_lm.hooks import Checkpoint, Evaluation, Metrics, MetricsFile, ReplicaCheck
+from horovod_lm.hooks import (
+    Checkpoint,
+    Evaluation,
+    Metrics,
+    MetricsFile,
+    ReplicaCheck,
+    WeightSketches,
+)
 from horovod_lm.loop import train_steps
 from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.sketch import distance, sketch
 from tests.helpers import on_ranks
 from tests.numpy_backend import TABLE
 from tests.unit.test_loop import CONTEXT, VOCABULARY, Stream, make_run
@@ -152,6 +160,35 @@ def test_a_stopped_run_saves_and_does_not_evaluate(tmp_path):
     (run,) = trained(hooks)
     assert run.step == 1 and run.hooks[0].loss is None
     assert run.hooks[1].path == tmp_path / "step-00000001"
+
+
+def test_sketches_of_the_weights_come_from_the_start_on_and_from_rank_0():
+    rows = []
+
+    def hooks(run):
+        hook = WeightSketches(5, [rows.append] if run.communicator.rank == 0 else [])
+        hook.start(run)
+        return [hook]
+
+    run, _ = trained(hooks, ranks=2)
+    assert [(row["kind"], row["step"]) for row in rows] == [("weights", s) for s in (0, 5, 10, 12)]
+    assert set(rows[0]["sketch"]["embeddings"]) == {0.0}
+    (true,) = sketch(run.engine.state().weights).values()
+    assert distance(rows[-1]["sketch"]["embeddings"], true) < 1e-9 * np.linalg.norm(true)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_resumed_run_does_not_sketch_its_start_again_and_a_stopped_one_hurries():
+    rows = []
+
+    def hooks(run):
+        run.step, run.signal = 4, 1
+        hook = WeightSketches(1, [rows.append])
+        hook.start(run)
+        return [hook]
+
+    trained(hooks)
+    assert rows == []
 
 
 def test_checkpoints_come_in_time_from_rank_0_and_once(tmp_path):
