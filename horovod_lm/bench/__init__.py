@@ -1,0 +1,1 @@
+"""Benchmarks: each a ratio of interleaved runs on one machine."""
