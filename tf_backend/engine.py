@@ -135,6 +135,15 @@ class Engine:
         """The reduced gradient by canonical name, as it is before `apply_gradients` clips it."""
         return self.weights.read(self.weights.views(self.weights.gradients))
 
+    def load_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Take `gradients` for what `reduce_gradients` has given."""
+        weights = self.weights
+        variables = [tf.Variable(tf.zeros_like(value)) for value in weights.values]
+        weights.write(variables, gradients)
+        flat = [tf.reshape(variable, [-1]) for variable in variables]
+        weights.gradients = tf.concat([*flat, weights.gradients[weights.size :]], 0)
+        self._norm = global_norm(weights)
+
     def state(self) -> EngineState:
         """A copy of weights, moments and update count."""
         return EngineState(

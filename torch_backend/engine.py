@@ -124,6 +124,11 @@ class Engine:
         """The reduced gradient by canonical name, as it is before `apply_gradients` clips it."""
         return self.weights.read(self.weights.gradients)
 
+    def load_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Take `gradients` for what `reduce_gradients` has given."""
+        self.weights.write(self.weights.gradients, gradients)
+        self._norm = global_norm(self.weights)
+
     def state(self) -> EngineState:
         """A copy of weights, moments and update count."""
         return EngineState(
