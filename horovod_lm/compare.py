@@ -31,10 +31,11 @@ from horovod_lm.launch import (
     launch_environment,
     new_marker,
 )
-from horovod_lm.report.results import Comparison, display_name
+from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import WARM_UP, Follower, Slice, read_run
 from horovod_lm.report.terminal import Display, make_console, print_results
 from horovod_lm.run_folder import STATE
+from horovod_lm.variants import display_name
 
 BACKENDS = ("torch", "tensorflow")
 REPORT = "report.json"
@@ -62,7 +63,7 @@ def compare(config: Config, output: Path) -> int:
     try:
         slices = _Driver(config, output, console).run()
         runs = read_run(output / BACKENDS[0]), read_run(output / BACKENDS[1])
-        comparison = Comparison(config, runs, slices, warnings)
+        comparison = Comparison(config, runs, slices, warnings, BACKENDS)
         page = _write_report(comparison, output)
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)

@@ -13,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from horovod_lm.report.results import CURVE_MARGIN, PART_WORDS, Comparison, digits
+from horovod_lm.report.curves import MARGIN
+from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import PARTS, mean_parts
+from horovod_lm.report.table import PART_WORDS, digits
 
 # Okabe and Ito's blue and vermillion: told apart by colour-blind eyes and, by lightness, in print.
 COLOURS = ("#0072b2", "#d55e00")
@@ -88,7 +90,7 @@ def thin(steps: Sequence[int], series: Sequence[Sequence[float]], points: int) -
 
 
 def _losses(comparison: Comparison) -> Chart | None:
-    curves = comparison.curves
+    curves = comparison.curves(1)
     if curves is None:
         return None
     all_losses = [[run.losses[s] for s in curves.steps] for run in comparison.runs]
@@ -122,7 +124,7 @@ def _losses(comparison: Comparison) -> Chart | None:
 
 
 def _apart(comparison: Comparison) -> Chart | None:
-    curves = comparison.curves
+    curves = comparison.curves(1)
     if curves is None:
         return None
     kept = thin(curves.steps, [curves.differences], _POINTS // 2)
@@ -136,8 +138,8 @@ def _apart(comparison: Comparison) -> Chart | None:
     axes.semilogy(steps, [max(d, _FLOOR) for d in differences], ".", color=_INK, markersize=4)
     ends = []
     if comparison.same is not None:
-        axes.axhline(CURVE_MARGIN, color=_INK, linewidth=0.8, linestyle=":")
-        ends.append(("margin", CURVE_MARGIN, _INK))
+        axes.axhline(MARGIN, color=_INK, linewidth=0.8, linestyle=":")
+        ends.append(("margin", MARGIN, _INK))
     _label_ends(axes, ends)
     return Chart(
         "apart",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from markupsafe import Markup
 from horovod_lm import __version__
 from horovod_lm.config import to_toml
 from horovod_lm.report.charts import charts
-from horovod_lm.report.results import Comparison, aligned, cell
+from horovod_lm.report.results import Comparison
+from horovod_lm.report.table import aligned, cell
 
 _FIGURE_SPACE, _POINT_SPACE = "\u2007", "\u2008"  # as wide as a digit and as a point
 
@@ -97,18 +97,10 @@ def _fine_print(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _method(comparison: Comparison) -> list[str]:
     """How it was measured, in sentences."""
-    rounds = len(comparison.rounds)
     seconds = [s.end - s.begin for s in comparison.slices]
     slices = (
         f"{len(seconds)} slices of {min(seconds):.1f} to {max(seconds):.1f} s" if seconds else ""
     )
-    chance = ""
-    if rounds > 1:
-        odds = math.ldexp(1, rounds - 1)
-        chance = (
-            f" If the two were equally fast, all {rounds} rounds would still agree by chance once "
-            f"in {odds:.0f} comparisons."
-        )
     return [
         "Both backends train the same run: the same initial weights, global batches, dropout "
         "masks, loss and update, from the same configuration and seed.",
@@ -117,7 +109,10 @@ def _method(comparison: Comparison) -> list[str]:
         "within a pair of turns alternates.",
         "Tokens per second counts target tokens of all ranks by wall time, in steps that lie "
         "wholly within a turn; the first ten steps, the first whole step of a turn, evaluation, "
-        "checkpoints and the synchronised steps (every tenth) are left out." + chance,
+        "checkpoints and the synchronised steps (every tenth) are left out.",
+        "A speed or a ratio is the median of the rounds, with its bootstrap interval (percentiles "
+        "of resampled rounds, at levels widened for few rounds). Faster is only said of a ratio "
+        "whose interval excludes 1.",
         "Memory is the peak of resident memory by the end of the run; the time of a step by part "
         "is taken with synchronisation, so its sum may be more than an ordinary step takes.",
         "A loss is in nats per target token of the whole global batch. The unigram entropy is "

@@ -1,350 +1,229 @@
-"""What two runs say side by side: curves, rounds of speed, the table and the verdict in words."""
+"""What runs say side by side: curves, rounds of speed, seeds; the verdict, the table, the figures.
+
+The first run is the baseline: each of the others is compared with it.
+"""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from horovod_lm import statistics
 from horovod_lm.config import Config
-from horovod_lm.report.runs import (
-    PARTS,
-    Row,
-    Run,
-    Slice,
-    mean_parts,
-    tokens_per_second,
-    whole_steps,
-)
+from horovod_lm.report.curves import MARGIN, Curves
+from horovod_lm.report.runs import Row, Run, Slice, mean_parts, tokens_per_second, whole_steps
+from horovod_lm.report.table import Line, make_table
+from horovod_lm.report.verdict import make_verdict
+from horovod_lm.statistics import LEAST_ROUNDS, Equivalence, Interval
+from horovod_lm.variants import differing_keys, display_names
 
-CURVE_MARGIN = 1e-4  # nats; what rounding may do to two fp32 loss curves
-# Training amplifies rounding differences step by step, so the margin is for the first steps only.
-CURVE_STEPS = 200
-LEAST_ROUNDS = 3
-_NAMES = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
-PART_WORDS = {"forward_backward": "forward and backward", "reduce": "reduce (with waiting)"}
-
-
-def display_name(backend: str) -> str:
-    """How a backend is called in front of people."""
-    return _NAMES.get(backend, backend)
+# Nats of validation loss over several seeds: a hundredth of the perplexity.
+SEED_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class Round:
-    """Tokens per second of both backends in one round, and first / second."""
+    """Tokens per second of every run in one round."""
 
     number: int
-    speeds: tuple[float, float]
-
-    @property
-    def ratio(self) -> float:
-        return self.speeds[0] / self.speeds[1]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the table: a value for each backend (text where it is no plain number).
-
-    `decimals` is None for three significant digits.
-    """
-
-    quantity: str
-    values: tuple[float | str | None, float | str | None]
-    compared: str = ""
-    decimals: int | None = None
-
-
-@dataclass(frozen=True)
-class Curves:
-    """How far two loss curves are apart, over the steps that both have; nats."""
-
-    steps: list[int]
-    differences: list[float]
-
-    @property
-    def largest(self) -> float:
-        return max(self.differences)
-
-    @property
-    def at(self) -> int:
-        """The step of the largest difference."""
-        return self.steps[self.differences.index(self.largest)]
-
-    @property
-    def early(self) -> float:
-        """The largest difference of the first `CURVE_STEPS` steps."""
-        pairs = zip(self.steps, self.differences, strict=True)
-        return max((d for s, d in pairs if s <= CURVE_STEPS), default=self.largest)
+    speeds: tuple[float, ...]
 
 
 class Comparison:
-    """Two finished runs of the same config and the slices in which each was awake."""
+    """Finished runs, side by side.
+
+    `slices` are the times in which each was awake; none for runs of other days, whose speeds can't
+    be compared. `seeds` has the runs of further seeds, each in the order of `runs`; `margin` is
+    that of their final losses, in nats. `starts` are the seconds from a job's start to its first
+    finished step, by run.
+    """
 
     def __init__(
         self,
         config: Config,
-        runs: tuple[Run, Run],
-        slices: Sequence[Slice],
+        runs: Sequence[Run],
+        slices: Sequence[Slice] = (),
         warnings: Sequence[str] = (),
+        labels: Sequence[str] | None = None,
+        *,
+        seeds: Sequence[Sequence[Run]] = (),
+        margin: float = SEED_MARGIN,
+        starts: Sequence[float] = (),
     ) -> None:
-        self.config, self.runs, self.slices = config, runs, list(slices)
-        self.warnings = list(warnings)
-        self.names = (display_name(runs[0].backend), display_name(runs[1].backend))
+        self.config, self.runs, self.slices = config, list(runs), list(slices)
+        self.warnings, self.margin, self.starts = list(warnings), margin, list(starts)
+        self.labels = [run.folder.name for run in runs] if labels is None else list(labels)
+        self.seeds = [self.runs, *(list(others) for others in seeds)]
+        self.names = _distinct(display_names([run.config for run in runs]), self.labels)
+
+    @property
+    def others(self) -> range:
+        """Indices of the runs that are compared with the baseline."""
+        return range(1, len(self.runs))
+
+    # The same training?
+
+    def curves(self, which: int) -> Curves | None:
+        """The difference of a run's loss curve to the baseline's; None if no step has both."""
+        return self._curves[which]
 
     @cached_property
-    def curves(self) -> Curves | None:
-        """The loss curves' difference; None if no step has both losses."""
-        a, b = self.runs[0].losses, self.runs[1].losses
-        steps = sorted(a.keys() & b.keys())
-        return Curves(steps, [abs(a[s] - b[s]) for s in steps]) if steps else None
+    def _curves(self) -> list[Curves | None]:
+        first, found = self.runs[0].losses, []
+        for run in self.runs:
+            steps = sorted(first.keys() & run.losses.keys())
+            apart = [abs(first[step] - run.losses[step]) for step in steps]
+            found.append(Curves(steps, apart) if steps else None)
+        return found
+
+    def changed(self, which: int) -> list[str]:
+        """Keys by which a run trains something else than the baseline; none where the two are
+        meant to be the same."""
+        first, other = self.runs[0].config.trajectory, self.runs[which].config.trajectory
+        return [key for key in first if first[key] != other.get(key)]
+
+    def judged(self, which: int) -> bool:
+        """Whether a run's curve is held against the margin: in fp32, where both are meant to be
+        the same, and draw the same dropout masks."""
+        first, other = self.runs[0].config, self.runs[which].config
+        meant = not self.changed(which) and _same_masks(first, other)
+        return meant and first.train.precision == "fp32"
+
+    def same_curve(self, which: int) -> bool | None:
+        """Whether a run's curve is within the margin; None where none is set."""
+        if not self.judged(which):
+            return None
+        curves = self.curves(which)
+        return curves is not None and curves.early <= MARGIN
+
+    def equivalence(self, which: int) -> Equivalence | None:
+        """Test of the final losses, run - baseline, over the seeds; None for fewer than two."""
+        return self._equivalences[which]
 
     @cached_property
-    def counted(self) -> tuple[list[Row], list[Row]]:
-        """The step rows of each run that lie wholly in one of its slices."""
-        return self._rows(0), self._rows(1)
+    def _equivalences(self) -> list[Equivalence | None]:
+        found: list[Equivalence | None] = []
+        for which in range(len(self.runs)):
+            pairs = [(runs[0].final_loss, runs[which].final_loss) for runs in self.seeds]
+            apart = [b - a for a, b in pairs if a is not None and b is not None]
+            whole = len(apart) == len(pairs) >= 2
+            found.append(statistics.equivalence(apart, self.margin) if whole else None)
+        return found
+
+    @property
+    def same(self) -> bool | None:
+        """False if a run differs from the baseline by its curve, or is not shown to be equivalent
+        over the seeds; True if neither, and one of the two was looked at; else None."""
+        found = [self.same_curve(i) for i in self.others]
+        tests = [self.equivalence(i) for i in self.others]
+        said = [*found, *(test.same for test in tests if test is not None)]
+        known = [value for value in said if value is not None]
+        return all(known) if known else None
+
+    # Which is faster?
+
+    @cached_property
+    def counted(self) -> list[list[Row]]:
+        """The step rows of each run, of all seeds, that lie wholly in one of its slices."""
+        return [self._rows(which) for which in range(len(self.runs))]
 
     def _rows(self, which: int, number: int | None = None) -> list[Row]:
-        run = self.runs[which]
-        mine = [s for s in self.slices if s.backend == run.backend]
+        mine = [s for s in self.slices if s.label == self.labels[which]]
         return [
-            row for s in mine if number is None or s.round == number for row in whole_steps(run, s)
+            row
+            for s in mine
+            if number is None or s.round == number
+            for row in whole_steps(self.seeds[s.seed][which], s)
         ]
 
     @cached_property
     def rounds(self) -> list[Round]:
-        """The rounds in which both backends have whole steps."""
+        """The rounds in which every run has whole steps."""
         found = []
         for number in sorted({s.round for s in self.slices}):
-            first = tokens_per_second(self._rows(0, number))
-            second = tokens_per_second(self._rows(1, number))
-            if first and second:
-                found.append(Round(number, (first, second)))
+            rates = [tokens_per_second(self._rows(i, number)) for i in range(len(self.runs))]
+            speeds = tuple(rate for rate in rates if rate)
+            if len(speeds) == len(rates):
+                found.append(Round(number, speeds))
         return found
+
+    def speed(self, which: int) -> tuple[float, Interval] | None:
+        """Median tokens per second of the rounds, and its bootstrap interval."""
+        return self._speeds[which] if self.rounds else None
+
+    @cached_property
+    def _speeds(self) -> list[tuple[float, Interval]]:
+        ones = [1.0] * len(self.rounds)
+        return [statistics.ratio(speeds, ones) for speeds in self._by_run]
+
+    @property
+    def _by_run(self) -> list[list[float]]:
+        return [[r.speeds[i] for r in self.rounds] for i in range(len(self.runs))]
+
+    def ratio(self, which: int, to: int = 0) -> tuple[float, Interval] | None:
+        """Median over the rounds of a run's speed / that of run `to`, and its bootstrap interval;
+        None without rounds."""
+        return self._ratios[which][to] if self.rounds else None
+
+    @cached_property
+    def _ratios(self) -> list[list[tuple[float, Interval]]]:
+        speeds = self._by_run
+        return [[statistics.ratio(a, b) for b in speeds] for a in speeds]
+
+    def outpaces(self, which: int, to: int = 0) -> bool | None:
+        """Whether a run is faster (True) or slower (False) than run `to`: where the interval of
+        their ratio excludes 1, over enough rounds; else None."""
+        found = self.ratio(which, to)
+        if found is None or len(self.rounds) < LEAST_ROUNDS or not found[1].excludes(1.0):
+            return None
+        return found[0] > 1
 
     @property
     def faster(self) -> int | None:
-        """Which of the two was faster in every round, of at least three; None if neither was."""
-        ratios = [r.ratio for r in self.rounds]
-        if len(ratios) < LEAST_ROUNDS:
-            return None
-        if min(ratios) > 1:
-            return 0
-        return 1 if max(ratios) < 1 else None
+        """The run that is faster than every other; None if there is none."""
+        every = range(len(self.runs))
+        found = [i for i in every if all(self.outpaces(i, j) for j in every if j != i)]
+        return found[0] if found and len(self.runs) > 1 else None
 
-    @property
-    def same(self) -> bool | None:
-        """Whether the curves are within the margin; None where none is set (bf16, fp16)."""
-        if self.config.train.precision != "fp32":
-            return None
-        return self.curves is not None and self.curves.early <= CURVE_MARGIN
+    @cached_property
+    def parts(self) -> list[dict[str, float] | None]:
+        """Mean time of a step of each run by part, in ms."""
+        return [mean_parts(rows) for rows in self.counted]
+
+    # What is shown
 
     @property
     def verdict(self) -> list[str]:
-        """What was found, in sentences: the model, the scaler where there is one, the speed."""
-        sentences = [self._about_curves()]
-        if self.config.train.precision == "fp16":
-            sentences.append(self._about_scaler())
-        return [*sentences, self._about_speed()]
-
-    def _about_curves(self) -> str:
-        curves, precision = self.curves, self.config.train.precision
-        if curves is None:
-            return "No step has a finite loss in both backends, so the curves can't be compared."
-        last = curves.steps[-1]
-        extent = f"by up to {curves.largest:.1e} nats over {last} steps"
-        if last > CURVE_STEPS and curves.early < curves.largest:
-            early = f"by up to {curves.early:.1e} nats over the first {CURVE_STEPS} steps"
-            extent = f"{early} and {curves.largest:.1e} over all {last}"
-        if self.same is None:
-            return (
-                f"In {precision} the loss curves differ {extent}; each framework rounds in its "
-                f"own way there, so no margin is set."
-            )
-        if self.same:
-            return f"The two backends train the same model: their loss curves differ {extent}."
-        pairs = zip(curves.steps, curves.differences, strict=True)
-        first = next(step for step, difference in pairs if difference > CURVE_MARGIN)
-        return (
-            f"The two backends differ: their loss curves are apart {extent}, more than the "
-            f"{CURVE_MARGIN:.0e} nats of rounding, for the first time at step {first}."
-        )
-
-    def _about_scaler(self) -> str:
-        skipped = [[r["step"] for r in run.steps if r["overflow"]] for run in self.runs]
-        if skipped[0] == skipped[1]:
-            return f"Both skipped the same {_count(len(skipped[0]), 'step')} for overflows."
-        step = min(set(skipped[0]) ^ set(skipped[1]))
-        return f"They did not skip the same steps: step {step} overflowed in one of them only."
-
-    def _about_speed(self) -> str:
-        ratios = [r.ratio for r in self.rounds]
-        if len(ratios) < LEAST_ROUNDS:
-            return (
-                f"Speeds were not compared: that takes {LEAST_ROUNDS} alternating rounds, and the "
-                f"runs were long enough for {len(ratios)}."
-            )
-        if self.faster is None:
-            listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            return (
-                f"No speed difference shown: {self.names[0]} ran at {listed} times the speed of "
-                f"{self.names[1]} in {len(ratios)} rounds."
-            )
-        gains = sorted(ratio if self.faster == 0 else 1 / ratio for ratio in ratios)
-        return (
-            f"{self.names[self.faster]} was faster in every one of {len(ratios)} rounds, by "
-            f"{gains[0]:.2f} to {gains[-1]:.2f} times."
-        )
+        """What was found, in sentences."""
+        return make_verdict(self)
 
     @cached_property
     def table(self) -> list[Line]:
         """The rows of the table, in the words that terminal and page share."""
-        return [*self._loss_lines(), *self._speed_lines(), *self._cost_lines()]
-
-    def _pair(self, get: Any) -> tuple[Any, Any]:
-        return get(self.runs[0]), get(self.runs[1])
-
-    def _loss_lines(self) -> list[Line]:
-        loss = self._pair(lambda run: run.steps[-1]["loss"] if run.steps else None)
-        validation = self._pair(lambda run: run.record.get("validation_loss"))
-        entropy = self.runs[0].record.get("unigram_entropy")
-        share = tuple(v / entropy if v is not None and entropy else None for v in validation)
-        lines = [
-            Line("loss of the last step, nats", loss, _difference(loss), 4),
-            Line("validation loss, nats per token", validation, _difference(validation), 4),
-            Line("  share of the unigram entropy", (share[0], share[1]), "", 3),
-        ]
-        if self.curves is not None:
-            text = f"≤ {self.curves.largest:.1e} apart"
-            lines.insert(1, Line("loss curves", ("", ""), text))
-        return lines
-
-    def _speed_lines(self) -> list[Line]:
-        speeds = [[r.speeds[i] for r in self.rounds] for i in (0, 1)]
-        if not self.rounds:
-            return [Line("tokens per second", (None, None), "no rounds")]
-        medians = statistics.median(speeds[0]), statistics.median(speeds[1])
-        spans = [f"{digits(min(s))}–{digits(max(s))}" for s in speeds]
-        ratios = [r.ratio for r in self.rounds]
-        ratio = statistics.median(ratios)
-        many = _count(len(self.rounds), "round")
-        return [
-            Line(f"tokens/s, median of {many}", medians, f"median ratio {ratio:.2f}"),
-            Line(
-                "  lowest–highest round",
-                (spans[0], spans[1]),
-                f"ratio {min(ratios):.2f}–{max(ratios):.2f}",
-            ),
-        ]
-
-    def _cost_lines(self) -> list[Line]:
-        memory = self._pair(lambda run: run.record.get("memory_mib") or {})
-        lines = []
-        for key, words in (
-            ("largest", "memory of the largest rank, MiB"),
-            ("sum", "  of all ranks"),
-        ):
-            values = memory[0].get(key), memory[1].get(key)
-            lines.append(Line(words, values, _ratio(values)))
-        parts = mean_parts(self.counted[0]), mean_parts(self.counted[1])
-        if parts[0] and parts[1]:
-            sums = sum(parts[0].values()), sum(parts[1].values())
-            lines.append(Line("time of a step, ms", sums, _ratio(sums)))
-            for name in PARTS:
-                words = f"  {PART_WORDS.get(name, name)}"
-                lines.append(Line(words, (parts[0][name], parts[1][name])))
-        first = self._pair(lambda run: run.record.get("first_step_seconds"))
-        lines.append(Line("first step, with compilation, s", first))
-        return lines
+        return make_table(self)
 
     def as_json(self) -> dict[str, Any]:
-        """The whole of it as plain values, for `report.json`."""
-        curves = self.curves
-        return {
-            "schema": 1,
-            "state": "finished",
-            "name": self.config.name,
-            "verdict": self.verdict,
-            "same": self.same,
-            "faster": None if self.faster is None else self.runs[self.faster].backend,
-            "curves": curves
-            and {
-                "margin": CURVE_MARGIN,
-                "margin_steps": CURVE_STEPS,
-                "largest": curves.largest,
-                "at": curves.at,
-                "early": curves.early,
-            },
-            "rounds": [
-                {
-                    "number": r.number,
-                    "ratio": r.ratio,
-                    "tokens_per_second": self._by_backend(r.speeds),
-                }
-                for r in self.rounds
-            ],
-            "table": [
-                {
-                    "quantity": line.quantity.strip(),
-                    "values": self._by_backend(line.values),
-                    "compared": line.compared,
-                }
-                for line in self.table
-            ],
-            "slices": [asdict(s) for s in self.slices],
-            "warnings": self.warnings,
-            "config": self.config.model_dump(mode="json"),
-            "runs": self._by_backend((self.runs[0].record, self.runs[1].record)),
-        }
+        """The whole of it as plain values, for `report.json`; see `horovod_lm.report.schema`."""
+        from horovod_lm.report.schema import make_report
 
-    def _by_backend(self, pair: tuple[Any, Any]) -> dict[str, Any]:
-        return {self.runs[0].backend: pair[0], self.runs[1].backend: pair[1]}
+        return make_report(self).model_dump(mode="json")
 
 
-def cell(line: Line, which: int) -> str:
-    """A value of the table as text, without alignment."""
-    value = line.values[which]
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    return digits(value) if line.decimals is None else f"{value:,.{line.decimals}f}"
-
-
-def aligned(cells: Sequence[str], figure: str = " ", point: str = " ") -> list[str]:
-    """Cells padded on the right so that, set flush right, their decimal points stand below each
-    other. `figure` and `point` are spaces as wide as a digit and as a point."""
-    tails = [len(text.partition(".")[2]) if _is_number(text) else 0 for text in cells]
-    widest = max(tails, default=0)
+def _distinct(names: list[str], labels: Sequence[str]) -> list[str]:
+    """Names of which no two are alike: where they are, the label says which."""
     return [
-        text + (point if tail == 0 and widest else "") + figure * (widest - tail)
-        for text, tail in zip(cells, tails, strict=True)
+        f"{name} ({label})" if names.count(name) > 1 else name
+        for name, label in zip(names, labels, strict=True)
     ]
 
 
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "", 1).isdigit()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def digits(value: float) -> str:
-    """A value with three significant digits, or all of those before the point."""
-    places = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{min(max(places, 0), 5)}f}"
-
-
-def _difference(values: tuple[float | None, float | None]) -> str:
-    if values[0] is None or values[1] is None:
-        return ""
-    apart = abs(values[0] - values[1])
-    return f"difference {apart:.1e}" if apart else "equal"
-
-
-def _ratio(values: tuple[float | None, float | None]) -> str:
-    return f"ratio {values[0] / values[1]:.2f}" if values[0] and values[1] else ""
+def _same_masks(first: Config, other: Config) -> bool:
+    """Whether dropout draws the same masks: those of a framework's own generator depend on it, on
+    the number of ranks and on the micro-batches."""
+    model = first.model
+    if first.train.dropout_generator == "shared" or not (model.dropout or model.attention_dropout):
+        return True
+    keys = ("launch.backend", "launch.ranks", "train.micro_batch_size")
+    return not set(keys) & set(differing_keys([first, other]))

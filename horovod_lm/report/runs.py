@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from horovod_lm.config import Config, load_config
+
 WARM_UP = 10  # steps at the beginning that no speed counts
 PARTS = ("data", "forward_backward", "reduce", "update", "other")
 Row = dict[str, Any]
@@ -20,9 +22,10 @@ class Follower:
         self._path, self._offset = path, 0
         self.steps: list[Row] = []
         self.evaluations: list[Row] = []
+        self.weights: list[Row] = []
 
     def poll(self) -> list[Row]:
-        """The rows that are new since the last call, also appended to `steps` or `evaluations`."""
+        """The rows that are new since the last call, also appended to the list of their kind."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -32,8 +35,9 @@ class Follower:
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)
         rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
+        kinds = {"step": self.steps, "evaluation": self.evaluations, "weights": self.weights}
         for row in rows:
-            (self.steps if row["kind"] == "step" else self.evaluations).append(row)
+            kinds[row["kind"]].append(row)
         return rows
 
     @property
@@ -44,35 +48,64 @@ class Follower:
 
 @dataclass
 class Run:
-    """A run as its folder tells it."""
+    """A run as its folder tells it. `profile` is None where none was taken."""
 
-    backend: str
+    folder: Path
     record: Row
     steps: list[Row]
     evaluations: list[Row] = field(default_factory=list)
+    weights: list[Row] = field(default_factory=list)
+    profile: Row | None = None
+
+    @property
+    def backend(self) -> str:
+        """Name of the framework it was last trained in."""
+        return str(self.record["backend"])
+
+    @cached_property
+    def config(self) -> Config:
+        """The whole configuration."""
+        return load_config(self.folder / "config.toml")
 
     @cached_property
     def losses(self) -> dict[int, float]:
         """Loss by step, in nats per target token; steps whose loss is not finite are left out."""
         return {row["step"]: row["loss"] for row in self.steps if row["loss"] is not None}
 
+    @property
+    def final_loss(self) -> float | None:
+        """The last validation loss, or the loss of the last step if there was no validation."""
+        validation = self.record.get("validation_loss")
+        return self.record.get("loss") if validation is None else validation
+
 
 def read_run(folder: Path) -> Run:
     """Read a run's folder."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    text = (folder / "run.json").read_text(encoding="utf-8")
+    record = json.loads(text, parse_constant=lambda _: None)  # a loss that is inf or nan
     follower = Follower(folder / "metrics.jsonl")
     follower.poll()
-    return Run(record["backend"], record, follower.steps, follower.evaluations)
+    profile = folder / "profile.json"
+    return Run(
+        folder,
+        record,
+        follower.steps,
+        follower.evaluations,
+        follower.weights,
+        json.loads(profile.read_text(encoding="utf-8")) if profile.exists() else None,
+    )
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A time in which `backend` alone was awake: Unix times, and the round it belongs to."""
+    """A time in which one run alone was awake: that of variant `label` with seed number `seed`
+    (0: the config's own). Unix times, and the round it belongs to."""
 
     round: int
-    backend: str
+    label: str
     begin: float
     end: float
+    seed: int = 0
 
 
 def whole_steps(run: Run, slice_: Slice) -> list[Row]:
@@ -83,7 +116,7 @@ def whole_steps(run: Run, slice_: Slice) -> list[Row]:
         for row in run.steps
         if row["time"] - row["seconds"] >= slice_.begin and row["time"] <= slice_.end
     ]
-    return [row for row in inside[1:] if row["step"] > WARM_UP]
+    return [row for row in inside[1:] if row["step"] > WARM_UP and not row.get("profiled")]
 
 
 def tokens_per_second(rows: list[Row]) -> float | None:

@@ -13,15 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from horovod_lm.report.results import Comparison, aligned, cell
+from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import Follower
+from horovod_lm.report.table import Line, aligned, cell, digits, expanded
 
 WIDTH = 100
-COLOURS = ("blue", "dark_orange")
+COLOURS = ("blue", "dark_orange", "green", "magenta")
+_MOST_COLUMNS = 4  # of runs; more of them are rows
 
 
 class Display(AbstractContextManager["Display"]):
-    """The progress of two runs: a bar for each on a terminal, a line for each turn in a log."""
+    """The progress of runs: a bar for each on a terminal, a line for each turn in a log."""
 
     def __init__(self, names: Sequence[str], steps: int, console: Console) -> None:
         self.console = console
@@ -84,15 +86,54 @@ def _figures(follower: Follower) -> str:
 
 def print_results(comparison: Comparison, console: Console) -> None:
     """The table and, below it, the verdict: the last thing that is read."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for name, colour in zip(comparison.names, COLOURS, strict=True):
-        table.add_column(Text(name, style=colour), justify="right")
-    table.add_column("")
-    lines = comparison.table
-    columns = [aligned([cell(line, which) for line in lines]) for which in (0, 1)]
-    for line, first, second in zip(lines, *columns, strict=True):
-        table.add_row(Text(line.quantity), Text(first), Text(second), Text(line.compared))
-    console.print(table, soft_wrap=False)
+    wide = len(comparison.runs) > _MOST_COLUMNS
+    console.print(_rows(comparison) if wide else _columns(comparison), soft_wrap=False)
     for sentence in comparison.verdict:
         console.print(Text(sentence, style="bold"), soft_wrap=False)
+
+
+def _columns(comparison: Comparison) -> Table:
+    """A column for each run; for two, one more with what is compared."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    runs = len(comparison.runs)
+    lines = expanded(comparison.table, runs)
+    table.add_column("", no_wrap=True)
+    for which, name in enumerate(comparison.names):
+        heading = Text(name, style=COLOURS[which % len(COLOURS)])
+        table.add_column(heading, justify="right", overflow="fold")
+    if runs == 2:
+        table.add_column("")
+    columns = [aligned([cell(line, which) for line in lines]) for which in range(runs)]
+    for line, *cells in zip(lines, *columns, strict=True):
+        extra = [Text(*line.compared[:1])] if runs == 2 else []
+        table.add_row(Text(line.quantity), *map(Text, cells), *extra)
+    return table
+
+
+def _rows(comparison: Comparison) -> Table:
+    """A row for each run, with the figures that matter most."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold", max_width=30)
+    headings = ("loss", "apart", "tokens/s", "ratio", "interval", "MiB", "first step, s")
+    chosen = [_overview(comparison, which) for which in range(len(comparison.runs))]
+    columns = [aligned(list(cells)) for cells in zip(*chosen, strict=True)]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, *cells in zip(comparison.names, *columns, strict=True):
+        table.add_row(Text(name), *map(Text, cells))
+    return table
+
+
+def _overview(comparison: Comparison, which: int) -> list[str]:
+    """One run's cells of `_rows`."""
+    run, curves = comparison.runs[which], comparison.curves(which)
+    speed, ratio = comparison.speed(which), comparison.ratio(which)
+    memory = (run.record.get("memory_mib") or {}).get("largest")
+    figures = ((run.final_loss, 4), (memory, None), (run.record.get("first_step_seconds"), None))
+    loss, mib, first = (cell(Line("", (value,), (), places), 0) for value, places in figures)
+    apart = f"{curves.largest:.1e}" if curves and which else ""
+    tokens = digits(speed[0]) if speed else "–"
+    compared = ["", ""]
+    if ratio and which:
+        compared = [f"{ratio[0]:.2f}", f"{ratio[1].low:.2f}–{ratio[1].high:.2f}"]
+    return [loss, apart, tokens, *compared, mib, first]

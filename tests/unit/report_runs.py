@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from horovod_lm.config import Config, make_config
+from horovod_lm.config import Config, make_config, to_toml
 from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import Slice, read_run
 
@@ -17,7 +17,7 @@ def make_comparison(
     *,
     steps: int = 120,
     apart: float = 1e-5,
-    ratios: tuple[float, ...] = (1.1, 1.1, 1.1),
+    ratios: tuple[float, ...] = (1.1,) * 6,
     precision: str = "fp32",
     sample: str = "and then the rest",
 ) -> Comparison:
@@ -59,6 +59,8 @@ def _write(
         lines = [json.dumps(row) + "\n" for row in [*rows[backend], evaluation]]
         (run / "metrics.jsonl").write_text("".join(lines))
         (run / "run.json").write_text(json.dumps(_record(backend, config, sample)))
+        launch = config.launch.model_copy(update={"backend": backend})
+        (run / "config.toml").write_text(to_toml(config.model_copy(update={"launch": launch})))
     return slices
 
 

@@ -6,40 +6,67 @@ import json
 import pytest
 from rich.console import Console
 
-from horovod_lm.report.results import CURVE_MARGIN, aligned
+from horovod_lm.report.curves import MARGIN
 from horovod_lm.report.runs import Follower, Slice, tokens_per_second, whole_steps
+from horovod_lm.report.schema import Report
+from horovod_lm.report.table import aligned
 from horovod_lm.report.terminal import WIDTH, print_results
 from tests.unit.report_runs import make_comparison
 
+RATIOS = (1.08, 1.13, 1.1, 1.1, 1.12, 1.09)
 
-def test_faster_is_said_where_every_round_agrees(tmp_path):
-    comparison = make_comparison(tmp_path, ratios=(1.08, 1.13, 1.1))
-    assert [round(r.ratio, 6) for r in comparison.rounds] == [1.08, 1.13, 1.1]
+
+def test_faster_is_said_where_the_interval_of_the_ratio_excludes_1(tmp_path):
+    comparison = make_comparison(tmp_path, ratios=RATIOS)
+    speeds = [r.speeds for r in comparison.rounds]
+    assert [round(a / b, 6) for a, b in speeds] == list(RATIOS)
+    assert comparison.faster == 0
     assert comparison.verdict[-1] == (
-        "PyTorch was faster in every one of 3 rounds, by 1.08 to 1.13 times."
+        "PyTorch is faster: 1.10 times the speed of TensorFlow (95% interval 1.08 to 1.13, "
+        "6 rounds)."
     )
+    median, interval = comparison.ratio(1)  # against the first
+    assert median == pytest.approx(1 / 1.1, rel=1e-3)
+    assert (interval.low, interval.high) == pytest.approx((1 / 1.13, 1 / 1.08))
+    assert comparison.outpaces(1) is False and comparison.outpaces(0, 1) is True
 
 
 def test_the_other_one_may_be_faster(tmp_path):
-    comparison = make_comparison(tmp_path, ratios=(0.5, 0.8, 0.8))
+    comparison = make_comparison(tmp_path, ratios=(0.5, 0.8, 0.8, 0.8, 0.8, 0.8, 0.75))
+    assert comparison.faster == 1
     assert comparison.verdict[-1] == (
-        "TensorFlow was faster in every one of 3 rounds, by 1.25 to 2.00 times."
+        "TensorFlow is faster: 1.25 times the speed of PyTorch (95% interval 1.25 to 2.00, "
+        "7 rounds)."
     )
 
 
-def test_no_difference_is_said_where_one_round_disagrees(tmp_path):
-    comparison = make_comparison(tmp_path, ratios=(0.97, 1.04, 1.01))
+def test_no_difference_is_said_where_the_interval_holds_1(tmp_path):
+    comparison = make_comparison(tmp_path, ratios=(0.97, 1.04, 1.01, 1.02, 1.03, 1.01))
     assert comparison.faster is None
     assert comparison.verdict[-1] == (
-        "No speed difference shown: PyTorch ran at 0.97, 1.04, 1.01 times the speed of TensorFlow "
-        "in 3 rounds."
+        "No speed difference shown: TensorFlow ran at 0.99 times the speed of PyTorch (95% "
+        "interval 0.96 to 1.03, 6 rounds)."
     )
 
 
-def test_two_rounds_are_too_few(tmp_path):
-    comparison = make_comparison(tmp_path, ratios=(2.0, 2.0))
-    assert comparison.faster is None
-    assert "takes 3 alternating rounds" in comparison.verdict[-1]
+def test_an_interval_that_almost_holds_1_is_not_rounded_to_it(tmp_path):
+    comparison = make_comparison(tmp_path, ratios=(1.002, 1.0041, 1.0032, 1.0051, 1.0042, 1.003))
+    assert comparison.faster == 0
+    assert "95% interval 1.002 to 1.005" in comparison.verdict[-1]
+
+
+def test_five_rounds_are_too_few(tmp_path):
+    comparison = make_comparison(tmp_path, ratios=(2.0,) * 5)
+    assert comparison.faster is None and comparison.outpaces(1) is None
+    assert "takes 6 rounds in alternation, and there were 5" in comparison.verdict[-1]
+
+
+def test_profiled_steps_enter_no_speed(tmp_path):
+    comparison = make_comparison(tmp_path, ratios=(2.0,) * 6)
+    for row in comparison.runs[0].steps[-3:]:
+        row["profiled"] = True
+    kept = {row["step"] for row in comparison.counted[0]}
+    assert not kept & {118, 119, 120} and 117 in kept
 
 
 def test_curves_within_the_margin_are_the_same_model(tmp_path):
@@ -52,7 +79,7 @@ def test_curves_within_the_margin_are_the_same_model(tmp_path):
 
 
 def test_curves_beyond_the_margin_differ_and_the_step_is_named(tmp_path):
-    comparison = make_comparison(tmp_path, apart=1.2 * CURVE_MARGIN)
+    comparison = make_comparison(tmp_path, apart=1.2 * MARGIN)
     assert comparison.same is False
     # the generator's curves are a whole `apart` from each other where (step - 1) % 7 is 6
     assert comparison.verdict[0].endswith("for the first time at step 7.")
@@ -70,7 +97,7 @@ def test_the_margin_is_for_the_first_200_steps(tmp_path):
 def test_no_margin_in_half_precision(tmp_path):
     comparison = make_comparison(tmp_path, apart=0.5, precision="bf16")
     assert comparison.same is None
-    assert comparison.verdict[0].startswith("In bf16 the loss curves differ by up to 5.0e-01")
+    assert comparison.verdict[0].startswith("In bf16 the loss curves of the two backends differ")
 
 
 def test_fp16_says_whether_the_same_steps_were_skipped(tmp_path):
@@ -79,7 +106,9 @@ def test_fp16_says_whether_the_same_steps_were_skipped(tmp_path):
         run.steps[4]["overflow"] = {"rank": 1, "tensor": "embedding"}
     assert comparison.verdict[1] == "Both skipped the same 1 step for overflows."
     comparison.runs[0].steps[7]["overflow"] = {"rank": 0, "tensor": "embedding"}
-    assert comparison.verdict[1].startswith("They did not skip the same steps: step 8")
+    assert comparison.verdict[1].startswith(
+        "PyTorch and TensorFlow did not skip the same steps: step 8"
+    )
 
 
 def test_only_steps_that_lie_wholly_in_a_turn_count(tmp_path):
@@ -131,6 +160,10 @@ def test_the_table_fits_100_columns_and_says_what_the_page_says(tmp_path):
 def test_report_json_can_be_read_back(tmp_path):
     comparison = make_comparison(tmp_path)
     values = json.loads(json.dumps(comparison.as_json(), allow_nan=False))
-    assert (values["schema"], values["state"], values["faster"]) == (1, "finished", "torch")
+    Report.model_validate(values)
+    assert (values["schema"], values["state"], values["faster"]) == (2, "finished", "torch")
     assert values["rounds"][0]["tokens_per_second"]["tensorflow"] == pytest.approx(10240)
-    assert values["runs"]["torch"]["validation_loss"] == 4.6
+    first, second = values["variants"]
+    assert first["validation_loss"] == 4.6 and first["ratio"] is None
+    assert second["ratio"]["median"] == pytest.approx(1 / 1.1)
+    assert second["values"] == {"launch.backend": "tensorflow"} and second["changed"] == []
