@@ -20,7 +20,7 @@ from horovod_lm.errors import HorovodLmError
 from horovod_lm.topology import place
 
 COMMANDS = (
-    "doctor", "prepare", "train", "compare", "bench", "evaluate", "generate", "inspect",
+    "doctor", "prepare", "train", "compare", "parity", "bench", "evaluate", "generate", "inspect",
     "completion",
 )  # fmt: skip
 

@@ -27,6 +27,14 @@ def _complete_backend(_: click.Context, __: click.Parameter, incomplete: str) ->
     return [name for name in backend_names() if name.startswith(incomplete)]
 
 
+def complete_backends(
+    context: click.Context, option: click.Parameter, incomplete: str
+) -> list[str]:
+    """Backends after the last comma of a list."""
+    given, comma, last = incomplete.rpartition(",")
+    return [f"{given}{comma}{name}" for name in _complete_backend(context, option, last)]
+
+
 set_option = click.option(
     "--set",
     "overrides",
