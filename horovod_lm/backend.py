@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from horovod_lm.errors import UserError
 from horovod_lm.installed import require_horovod
 from horovod_lm.optimizers import OptimizerName
 from horovod_lm.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from horovod_lm.bench.tools import BenchTools
 
 # fp64 is the referee of `horovod-lm parity`: no run trains in it.
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -198,6 +201,9 @@ class Backend(Protocol):
     ) -> Engine:
         """A model with zero weights: give it a state next. Raises `UserError` for what this
         backend does not support."""
+
+    def bench(self) -> BenchTools:
+        """What `horovod-lm bench` needs of the framework. A user's own backend may lack it."""
 
 
 GROUP = "horovod_lm.backends"

@@ -35,6 +35,7 @@ with _silence():
     import keras
     import tensorflow as tf
 
+    from tf_backend.bench import BenchTools
     from tf_backend.communicator import Communicator
     from tf_backend.engine import Engine
 
@@ -79,3 +80,7 @@ class Backend:
         # The one place that chooses a device, of those that `communicator` left visible.
         device = "/GPU:0" if tf.config.get_visible_devices("GPU") else "/CPU:0"
         return Engine(spec, settings, communicator, device)
+
+    def bench(self) -> BenchTools:
+        """Peers, bare products and an allreduce, for `horovod-lm bench`."""
+        return BenchTools()

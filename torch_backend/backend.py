@@ -9,6 +9,7 @@ import torch
 from horovod_lm.backend import EngineSettings
 from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
+from torch_backend.bench import BenchTools
 from torch_backend.communicator import Communicator
 from torch_backend.engine import Engine
 
@@ -42,3 +43,7 @@ class Backend:
         if torch.cuda.is_available():
             device = torch.device("cuda", communicator.local_rank)
         return Engine(spec, settings, communicator, device)
+
+    def bench(self) -> BenchTools:
+        """Peers, bare products and an allreduce, for `horovod-lm bench`."""
+        return BenchTools()

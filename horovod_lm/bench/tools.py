@@ -1,0 +1,88 @@
+"""What a backend offers to the benchmarks: peers to be measured against, ceilings, an allreduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from horovod_lm.backend import Communicator, Precision
+    from horovod_lm.config import Config
+    from horovod_lm.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a training step, (rows, inputs) @ (inputs, outputs), which with its two
+    gradients happens `times` times a step."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    times: int
+
+    @property
+    def flops(self) -> float:
+        """Of the product and of both gradients, all times."""
+        return 6.0 * self.rows * self.inputs * self.outputs * self.times
+
+
+HEAD_ROWS = 512  # the output layer is applied to so many rows at a time, in both backends
+
+
+def products_of(spec: ModelSpec, rows: int) -> list[Product]:
+    """The products with weights of one step on `rows` sequences of full length; query, key and
+    value are one product."""
+    tokens, width, inner = rows * spec.context, spec.width, spec.inner_width
+    chunk = min(HEAD_ROWS, tokens)
+    return [
+        Product(tokens, width, 3 * width, spec.layers),
+        Product(tokens, width, width, spec.layers),
+        Product(tokens, width, inner, spec.layers),
+        Product(tokens, inner, width, spec.layers),
+        Product(chunk, width, spec.vocabulary, tokens // chunk),
+    ]
+
+
+class Peer(Protocol):
+    """A GPT-2 of the spec's sizes by somebody else, with its optimizer, as it is shipped."""
+
+    rank: int
+    size: int
+
+    def step(self, tokens: np.ndarray) -> float:
+        """One training step on this rank's sequences (B, L + 1) int32; the loss, in nats per
+        token."""
+
+    def broadcast(self, data: bytes) -> bytes:
+        """`data` of rank 0, on every rank of a distributed peer."""
+
+
+class BenchTools(Protocol):
+    """See `horovod_lm.backend.Backend.bench`. What is not installed is a `UserError` with the
+    mend, raised by the call that needs it."""
+
+    def peer_names(self, precision: Precision) -> Sequence[str]:
+        """The peers that can train in this precision here, each a name for `peer`."""
+
+    def distributed_peer_names(self) -> Sequence[str]:
+        """The peers that torchrun starts on several ranks."""
+
+    def peer(self, name: str, config: Config, threads: int) -> Peer:
+        """The peer `name`, with new weights."""
+
+    def product_libraries(self, precision: Precision) -> Sequence[str]:
+        """The libraries whose matrix products the framework can use here, each a name for
+        `products`."""
+
+    def products(
+        self, library: str, products: Sequence[Product], precision: Precision
+    ) -> Callable[[], None]:
+        """A function that does all the products once, with their gradients, and nothing else."""
+
+    def allreduce(self, communicator: Communicator, elements: int) -> Callable[[], None]:
+        """A function that sums a tensor of `elements` fp32 over the ranks, as the engine does its
+        gradients, and waits for the sum."""

@@ -1,0 +1,143 @@
+"""What the contestants of `throughput` and `scaling` do: training steps, and bare products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from horovod_lm.backend import EngineState, load_backend
+from horovod_lm.bench.tools import products_of
+from horovod_lm.config import Config, make_config
+from horovod_lm.data.batches import Batches, share
+from horovod_lm.loss_scale import LossScaler
+from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.randomness import initial_weights
+from horovod_lm.schedule import learning_rate
+from horovod_lm.train import make_engine
+
+WINDOWS = 64  # batches of different tokens before they come again
+
+
+class SeededTokens:
+    """A stream of evenly drawn token ids in memory, read as `horovod_lm.data.shards.Tokens` is."""
+
+    def __init__(self, vocabulary: int, count: int, seed: int) -> None:
+        self._ids = np.random.default_rng(seed).integers(vocabulary, size=count, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids from position `start`."""
+        return self._ids[start : start + count]
+
+
+def stream(config: Config) -> SeededTokens:
+    """The tokens that all contestants train on."""
+    windows = WINDOWS * config.train.global_batch_size
+    return SeededTokens(
+        config.model.vocabulary, windows * config.model.context + 1, config.train.seed
+    )
+
+
+def arguments(config: Config, threads: int, **more: Any) -> dict[str, Any]:
+    """The keyword arguments of the works below, as JSON can hold them."""
+    return {"config": config.model_dump(mode="json"), "threads": threads, **more}
+
+
+class OwnTraining:
+    """Steps of our own engine: what the training loop does, without its hooks. A unit is a target
+    token."""
+
+    def __init__(self, config: Mapping[str, Any], threads: int) -> None:
+        self._config = make_config(config, "the bench")
+        settings = self._config.train
+        backend = load_backend(self._config.launch.backend, threads)
+        self._communicator = backend.communicator()
+        self._engine = make_engine(self._config, CausalLM(), backend, self._communicator)
+        self._engine.load_state(EngineState(initial_weights(self._config.model, settings.seed)))
+        self._scaler = LossScaler(self._config.loss_scale, settings.precision == "fp16")
+        self._batches = Batches(
+            stream(self._config),  # type: ignore[arg-type]  # it reads alike
+            CausalLM(),
+            context=self._config.model.context,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            seed=settings.seed,
+            rank=self._communicator.rank,
+            ranks=self._communicator.size,
+        )
+        self._step = self._updates = 0
+
+    def step(self, part: str) -> float:
+        """One step of the loop; its target tokens."""
+        engine, settings = self._engine, self._config.train
+        batch = self._batches[self._step]
+        for micro in batch.micros:
+            engine.forward_backward(micro, self._step, self._scaler.scale)
+        reduced = engine.reduce_gradients()
+        if self._scaler.update(reduced.finite):
+            config = self._config
+            rate = learning_rate(self._updates, config.optimizer, config.schedule, settings.steps)
+            engine.apply_gradients(rate, settings.max_norm)
+            self._updates += 1
+        self._step += 1
+        engine.synchronise()
+        return float(batch.targets)
+
+    def broadcast(self, data: bytes) -> bytes:
+        """`data` of rank 0."""
+        return self._communicator.broadcast(data) if self._communicator.size > 1 else data
+
+
+class PeerTraining:
+    """Steps of somebody else's GPT-2. A unit is a target token."""
+
+    def __init__(self, config: Mapping[str, Any], threads: int, peer: str) -> None:
+        self._config = make_config(config, "the bench")
+        backend = load_backend(self._config.launch.backend, threads)
+        self._peer = backend.bench().peer(peer, self._config, threads)
+        self._tokens = stream(self._config)
+        mine = share(self._config.train.global_batch_size, self._peer.rank, self._peer.size)
+        self._rows = np.arange(mine.start, mine.stop)
+        self._step = 0
+
+    def step(self, part: str) -> float:
+        """One training step; the target tokens of all ranks."""
+        batch, context = self._config.train.global_batch_size, self._config.model.context
+        first = self._step % WINDOWS * batch
+        rows = [
+            self._tokens.read((first + row) * context, context + 1) for row in self._rows.tolist()
+        ]
+        self._peer.step(np.stack(rows))
+        self._step += 1
+        return float(batch * context)
+
+    def broadcast(self, data: bytes) -> bytes:
+        """`data` of rank 0."""
+        return self._peer.broadcast(data)
+
+
+class Ceiling:
+    """The matrix products of a training step alone. A unit is a floating-point operation; the
+    parts are the libraries."""
+
+    def __init__(self, config: Mapping[str, Any], threads: int) -> None:
+        checked = make_config(config, "the bench")
+        self._tools = load_backend(checked.launch.backend, threads).bench()
+        self._products = products_of(checked.model, checked.train.global_batch_size)
+        self._precision = checked.train.precision
+        self._functions: dict[str, Callable[[], None]] = {}
+
+    def step(self, part: str) -> float:
+        """All products of a step, with both gradients; their operations."""
+        if part not in self._functions:
+            self._functions[part] = self._tools.products(part, self._products, self._precision)
+        self._functions[part]()
+        return sum(product.flops for product in self._products)
+
+    def broadcast(self, data: bytes) -> bytes:
+        """There is one rank only."""
+        return data
