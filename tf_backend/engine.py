@@ -23,11 +23,13 @@ from tf_backend.layers import Words
 from tf_backend.loss import head_loss
 from tf_backend.model import Transformer
 from tf_backend.optimizer import OPTIMIZERS, global_norm
+from tf_backend.precision import FULL_TYPES
+from tf_backend.trace import record, tracing
 from tf_backend.weights import Weights
 
 
 class Engine:
-    """See `horovod_lm.backend.Engine`. Gradients accumulate in one flat fp32 buffer whose tail
+    """See `horovod_lm.backend.Engine`. Gradients accumulate in one flat buffer whose tail
     carries the losses and each rank's status through the same allreduce. What changes from step
     to step reaches the `tf.function`s as tensors, so that each is traced once. They go without
     AutoGraph, which has nothing to convert here, and reads source files at the first call."""
@@ -40,7 +42,7 @@ class Engine:
         device: str,
     ) -> None:
         self.spec, self.settings, self.communicator = spec, settings, communicator
-        self.device = device
+        self.device, self.dtype = device, FULL_TYPES[settings.precision]
         with tf.device(device):
             self.model = Transformer(spec, settings.precision)
             self.model.build()
@@ -64,11 +66,9 @@ class Engine:
             self._loss_arrays(loss, loss_scale * loss.factor / loss.normaliser)
             for loss in micro.losses
         ]
-        normalisers = np.array([loss.normaliser for loss in micro.losses], np.float32)
+        normalisers = tf.constant([loss.normaliser for loss in micro.losses], self.dtype)
         heads = tuple(loss.head for loss in micro.losses)
-        buffer = self._backward(
-            tf.constant(tokens), self._words(words), losses, tf.constant(normalisers), heads
-        )
+        buffer = self._backward(tf.constant(tokens), self._words(words), losses, normalisers, heads)
         self.weights.gradients = buffer if self._empty else self.weights.gradients + buffer
         self._empty = False
 
@@ -116,14 +116,28 @@ class Engine:
         }
 
     def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(B, L, V) fp32 logits without dropout."""
+        """(B, L, V) logits without dropout."""
         return self._logits(tf.constant(inputs["tokens"])).numpy()
+
+    def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
+        """The activations of one forward with the dropout of `step`, by site."""
+        tokens = micro.inputs["tokens"]
+        words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
+        losses = [self._loss_arrays(loss, loss.factor / loss.normaliser) for loss in micro.losses]
+        heads = tuple(loss.head for loss in micro.losses)
+        with tracing() as sites:
+            hidden = self.model(tf.constant(tokens), self._words(words))
+            scaled, _ = self._losses(hidden, losses, heads)
+            record("loss", tf.add_n(scaled)[None])
+        sites["logits"] = sites["logits"].reshape(*tokens.shape, -1)
+        sites["loss"] = sites["loss"].reshape(())
+        return sites
 
     def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         """Begin decoding after prompts (B, L)."""
         spec = self.spec
         shape = (2, len(tokens), spec.heads, spec.context, spec.head_width)
-        caches = [tf.Variable(tf.zeros(shape)) for _ in range(spec.layers)]
+        caches = [tf.Variable(tf.zeros(shape, self.dtype)) for _ in range(spec.layers)]
         return self._decode(tokens, caches, 0)
 
     def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
@@ -173,8 +187,8 @@ class Engine:
         return Words(*(None if a is None else tf.constant(a) for a in arrays))
 
     def _loss_arrays(self, loss, coefficient: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        weights = loss.weights.reshape(-1)
-        arrays = (loss.targets.reshape(-1), weights, weights * np.float32(coefficient))
+        weights = loss.weights.reshape(-1).astype(self.dtype.as_numpy_dtype)
+        arrays = (loss.targets.reshape(-1), weights, weights * weights.dtype.type(coefficient))
         return tuple(map(tf.constant, arrays))
 
     def _losses(self, hidden, losses, heads) -> tuple[list, list]:
@@ -196,7 +210,7 @@ class Engine:
             scaled, nll_sums = self._losses(hidden, losses, heads)
             total = tf.add_n(scaled)
         gradients = [tf.reshape(g, [-1]) for g in tape.gradient(total, values)]
-        tail = [tf.stack(nll_sums) / normalisers, tf.zeros(self.communicator.size)]
+        tail = [tf.stack(nll_sums) / normalisers, tf.zeros(self.communicator.size, self.dtype)]
         return tf.concat([*gradients, *tail], 0)
 
     @tf.function(autograph=False)

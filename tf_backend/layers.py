@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
-from tf_backend.precision import HALF_TYPES, cast, linear, product
+from tf_backend.precision import FULL_TYPES, HALF_TYPES, cast, full, linear, product
+from tf_backend.trace import record, record_rows
 
 ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
 
@@ -30,9 +31,14 @@ def _gelu(x):
     return x * cumulative, backward
 
 
+def _gelu_tanh(x):
+    """The form of tf.nn.gelu(approximate=True), whose 0.044715 is rounded to fp32."""
+    return 0.5 * x * (1 + tf.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * tf.pow(x, 3))))
+
+
 ACTIVATIONS = {
     "gelu": _gelu,
-    "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
+    "gelu_tanh": _gelu_tanh,
     "relu": tf.nn.relu,
 }
 
@@ -53,7 +59,7 @@ def keep_mask(rows: tf.Tensor, columns: tf.Tensor, rate: float) -> tf.Tensor:
 
 
 def _times_keep(x: tf.Tensor, keep: tf.Tensor, rate: float) -> tf.Tensor:
-    return x * (tf.cast(keep, tf.float32) * (1 / (1 - rate)))
+    return x * (tf.cast(keep, x.dtype) * (1 / (1 - rate)))
 
 
 def dropout(x: tf.Tensor, words: Words | None, site: int, rate: float) -> tf.Tensor:
@@ -64,7 +70,7 @@ def dropout(x: tf.Tensor, words: Words | None, site: int, rate: float) -> tf.Ten
     return _times_keep(x, keep, rate)
 
 
-def _causal_attention(query, key, value, rows, columns, rate):
+def _causal_attention(query, key, value, rows, columns, rate, heads, site):
     """Causal attention of `ROW_BLOCK` query rows at a time, so that keys after a block are never
     touched, with probabilities kept for the backward. All (B H, L, K), L known when traced.
 
@@ -73,7 +79,7 @@ def _causal_attention(query, key, value, rows, columns, rate):
     """
     length, width = query.shape[1:]
     blocks = [(start, min(start + ROW_BLOCK, length)) for start in range(0, length, ROW_BLOCK)]
-    later = np.triu(np.full((length, length), -np.inf, np.float32), 1)
+    later = np.triu(np.full((length, length), -np.inf, query.dtype.as_numpy_dtype), 1)
 
     @tf.custom_gradient
     def attend(query, key, value):
@@ -81,11 +87,14 @@ def _causal_attention(query, key, value, rows, columns, rate):
         outputs, saved = [], []
         for start, end in blocks:
             scores = tf.matmul(query[:, start:end], key[:, :end], transpose_b=True)
+            record_rows("attention.scores", scores, start, heads, site)
             probabilities = tf.nn.softmax(scores + later[start:end, :end])
+            record_rows("attention.probabilities", probabilities, start, heads, site)
             dropped, keep = probabilities, None
             if rows is not None:
                 keep = keep_mask(rows[:, start:end], columns[:end], rate)
                 dropped = _times_keep(probabilities, keep, rate)
+                record_rows("attention.dropped", dropped, start, heads, site)
             outputs.append(tf.matmul(dropped, value[:, :end]))
             saved.append((probabilities, dropped, keep))
         output = tf.concat(outputs, 1)
@@ -133,15 +142,18 @@ def attention(
         flat = [tf.reshape(x, [-1, length, width]) for x in (query_BHLK, key_BHMK, value_BHMK)]
         if dropping:
             rows = tf.reshape(rows, [-1, length])
-        output = _causal_attention(*flat, rows, columns, rate)
+        output = _causal_attention(*flat, rows, columns, rate, heads, site)
         return tf.reshape(output, [-1, heads, length, width])
     keys_BHKM = tf.transpose(key_BHMK, [0, 1, 3, 2])
-    scores_BHLM = tf.cast(product(query_BHLK, keys_BHKM, half), tf.float32) / math.sqrt(width)
+    scores_BHLM = full(product(query_BHLK, keys_BHKM, half)) / math.sqrt(width)
     length, keys = tf.shape(scores_BHLM)[2], tf.shape(scores_BHLM)[3]
     later = tf.range(keys) > tf.range(length)[:, None] + (keys - length)
     probabilities = tf.nn.softmax(tf.where(later, -math.inf, scores_BHLM))
+    record_rows("attention.scores", scores_BHLM, 0, heads, site)
+    record_rows("attention.probabilities", probabilities, 0, heads, site)
     if dropping:
         probabilities = _times_keep(probabilities, keep_mask(rows, columns, rate), rate)
+        record_rows("attention.dropped", probabilities, 0, heads, site)
     return product(probabilities, value_BHMK, half)
 
 
@@ -159,10 +171,10 @@ class Embeddings(keras.layers.Layer):
     """Token embeddings plus positions, then (post-norm only) a norm, then dropout: (B, L) int
     to (B, L, D)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(name="embeddings", autocast=False)
+    def __init__(self, spec: ModelSpec, precision: str) -> None:
+        super().__init__(name="embeddings", dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec = spec
-        self.norm = LayerNorm(spec, "norm") if spec.norm_placement == "post" else None
+        self.norm = LayerNorm(spec, precision, "norm") if spec.norm_placement == "post" else None
 
     def build(self, input_shape=None) -> None:
         spec = self.spec
@@ -172,7 +184,7 @@ class Embeddings(keras.layers.Layer):
             shape = (spec.context, spec.width)
             self.positions = self.add_weight(shape=shape, initializer="zeros", name="positions")
         else:
-            self.positions = sinusoidal_positions(spec)
+            self.positions = sinusoidal_positions(spec).astype(self.dtype)
         if self.norm is not None:
             self.norm.build()
 
@@ -185,33 +197,41 @@ class Embeddings(keras.layers.Layer):
             x = x * self.spec.embedding_scale
         positions = tf.convert_to_tensor(self.positions)
         x = x + positions[start : start + tf.shape(tokens_BL)[1]]
+        record("embeddings.sum", x)
         if self.norm is not None:
             x = self.norm(x)
-        return dropout(x, words, 0, self.spec.dropout)
+            record("embeddings.norm", x)
+        x = dropout(x, words, 0, self.spec.dropout)
+        record("embeddings", x)
+        return x
 
 
-@tf.custom_gradient
 def _normalise(x, epsilon):
     """(x - mean) r with r = 1 / sqrt(variance + epsilon) over the last axis; its gradient
     r (g - mean(g) - y mean(g y)) in one go, where TensorFlow's own would take a dozen passes."""
-    centred = x - tf.reduce_mean(x, -1, keepdims=True)
-    variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
-    inverse = tf.math.rsqrt(variance + epsilon)
-    y = centred * inverse
 
-    def backward(gradient):
-        along = tf.reduce_mean(gradient * y, -1, keepdims=True)
-        mean = tf.reduce_mean(gradient, -1, keepdims=True)
-        return inverse * (gradient - mean - y * along), None
+    @tf.custom_gradient
+    def normalise(x):
+        centred = x - tf.reduce_mean(x, -1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
+        inverse = tf.math.rsqrt(variance + epsilon)
+        y = centred * inverse
 
-    return y, backward
+        def backward(gradient):
+            along = tf.reduce_mean(gradient * y, -1, keepdims=True)
+            mean = tf.reduce_mean(gradient, -1, keepdims=True)
+            return inverse * (gradient - mean - y * along)
+
+        return y, backward
+
+    return normalise(x)
 
 
 class LayerNorm(keras.layers.Layer):
-    """Layer normalisation over the width (Ba et al., 2016), always in fp32."""
+    """Layer normalisation over the width (Ba et al., 2016), never in a half."""
 
-    def __init__(self, spec: ModelSpec, name: str) -> None:
-        super().__init__(name=name, autocast=False)
+    def __init__(self, spec: ModelSpec, precision: str, name: str) -> None:
+        super().__init__(name=name, dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec = spec
 
     def build(self, input_shape=None) -> None:
@@ -233,7 +253,7 @@ class Linear(keras.layers.Layer):
     def __init__(
         self, spec: ModelSpec, inputs: int, outputs: int, precision: str, name: str
     ) -> None:
-        super().__init__(name=name, autocast=False)
+        super().__init__(name=name, dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec, self.half = spec, HALF_TYPES[precision]
         self.inputs_outputs = inputs, outputs
 
@@ -254,7 +274,7 @@ class Attention(keras.layers.Layer):
     key and value. A key's bias exists only where the spec asks for it: softmax cancels it."""
 
     def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
-        super().__init__(name="attention", autocast=False)
+        super().__init__(name="attention", dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec, self.half, self.site = spec, HALF_TYPES[precision], site
         self.output_linear = Linear(spec, spec.width, spec.width, precision, "output")
 
@@ -267,7 +287,7 @@ class Attention(keras.layers.Layer):
         self.qkv_biases = [
             self.add_weight(shape=(width,), initializer="zeros", name=f"{name}_bias")
             if here
-            else tf.zeros(width)
+            else tf.zeros(width, self.dtype)
             for name, here in wanted.items()
         ]
         self.output_linear.build()
@@ -287,21 +307,27 @@ class Attention(keras.layers.Layer):
         qkv = linear(x, self.qkv_kernel, bias, self.half)
         qkv = tf.reshape(qkv, [batch, length, 3, self.spec.heads, self.spec.head_width])
         query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
+        for name, part in (("query", query), ("key", key), ("value", value)):
+            record(f"attention.{name}", part, self.site)
         if cache is not None:
-            new = tf.cast(tf.stack([key, value]), tf.float32)
+            new = full(tf.stack([key, value]))
             cache[:, :, :, start : start + length].assign(new)
             key, value = tf.unstack(cast(cache[:, :, :, : start + length], self.half))
         rate = self.spec.attention_dropout
         mixed = attention(query, key, value, words, self.site, rate, self.half)
         mixed = tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [batch, length, width])
-        return self.output_linear(mixed)
+        record("attention.mixed", mixed, self.site)
+        output = self.output_linear(mixed)
+        record("attention.output", output, self.site)
+        return output
 
 
 class FeedForward(keras.layers.Layer):
     """Two linear layers with an activation between."""
 
-    def __init__(self, spec: ModelSpec, precision: str) -> None:
-        super().__init__(name="feed_forward", autocast=False)
+    def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
+        super().__init__(name="feed_forward", dtype=FULL_TYPES[precision].name, autocast=False)
+        self.site = site
         self.up = Linear(spec, spec.width, spec.inner_width, precision, "up")
         self.down = Linear(spec, spec.inner_width, spec.width, precision, "down")
         self.activation = ACTIVATIONS[spec.activation]
@@ -313,8 +339,13 @@ class FeedForward(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """(B, L, D) to (B, L, D)."""
         x = self.up(x)
+        record("feed_forward.up", x, self.site)
         # The activation of a half is computed in fp32 and rounded once, as torch does it.
-        return self.down(tf.cast(self.activation(tf.cast(x, tf.float32)), x.dtype))
+        x = tf.cast(self.activation(full(x)), x.dtype)
+        record("feed_forward.activation", x, self.site)
+        x = self.down(x)
+        record("feed_forward.down", x, self.site)
+        return x
 
 
 class Block(keras.layers.Layer):
@@ -322,12 +353,12 @@ class Block(keras.layers.Layer):
     the branch ("pre") or after the sum ("post")."""
 
     def __init__(self, spec: ModelSpec, precision: str, index: int) -> None:
-        super().__init__(name=f"decoder.{index}", autocast=False)
+        super().__init__(name=f"decoder.{index}", dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec, self.index = spec, index
-        self.attention_norm = LayerNorm(spec, "attention_norm")
+        self.attention_norm = LayerNorm(spec, precision, "attention_norm")
         self.attention = Attention(spec, precision, index)
-        self.feed_forward_norm = LayerNorm(spec, "feed_forward_norm")
-        self.feed_forward = FeedForward(spec, precision)
+        self.feed_forward_norm = LayerNorm(spec, precision, "feed_forward_norm")
+        self.feed_forward = FeedForward(spec, precision, index)
 
     def build(self, input_shape=None) -> None:
         for layer in (
@@ -345,15 +376,20 @@ class Block(keras.layers.Layer):
         cache: tf.Variable | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
-        """(B, L, D) fp32 to (B, L, D) fp32; see `Attention` for `cache` and `start`."""
+        """(B, L, D) to (B, L, D), no half; see `Attention` for `cache` and `start`."""
         rate, site = self.spec.dropout, 1 + 2 * self.index
-        if self.spec.norm_placement == "pre":
-            branch = self.attention(self.attention_norm(x), words, cache, start=start)
-            x = x + dropout(tf.cast(branch, tf.float32), words, site, rate)
-            branch = self.feed_forward(self.feed_forward_norm(x))
-            return x + dropout(tf.cast(branch, tf.float32), words, site + 1, rate)
-        branch = self.attention(x, words, cache, start=start)
-        x = self.attention_norm(x + dropout(tf.cast(branch, tf.float32), words, site, rate))
-        branch = self.feed_forward(x)
-        x = x + dropout(tf.cast(branch, tf.float32), words, site + 1, rate)
-        return self.feed_forward_norm(x)
+        pre = self.spec.norm_placement == "pre"
+        branch = self._norm("attention", x) if pre else x
+        branch = self.attention(branch, words, cache, start=start)
+        x = x + dropout(full(branch), words, site, rate)
+        record("attention.residual", x, self.index)
+        x = x if pre else self._norm("attention", x)
+        branch = self.feed_forward(self._norm("feed_forward", x) if pre else x)
+        x = x + dropout(full(branch), words, site + 1, rate)
+        record("feed_forward.residual", x, self.index)
+        return x if pre else self._norm("feed_forward", x)
+
+    def _norm(self, name: str, x: tf.Tensor) -> tf.Tensor:
+        x = getattr(self, f"{name}_norm")(x)
+        record(f"{name}_norm", x, self.index)
+        return x

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from tf_backend.precision import product
+from tf_backend.precision import full, product
+from tf_backend.trace import record
 
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
 
 def _chunk(hidden, kernel, targets, weights, coefficients, half):
     """Both sums of one chunk of rows, its dh and its share of dW^T."""
-    z = tf.cast(product(hidden, kernel, half), tf.float32)
+    z = full(product(hidden, kernel, half))
+    record("logits", z)
     z -= tf.reduce_max(z, -1, keepdims=True)
     cells = tf.stack([tf.range(targets.shape[0]), targets], 1)
     picked = tf.gather_nd(z, cells)
@@ -23,7 +25,7 @@ def _chunk(hidden, kernel, targets, weights, coefficients, half):
     d_z = tf.tensor_scatter_nd_sub(d_z, cells, coefficients)
     d_hidden = product(d_z, tf.transpose(kernel), half)
     d_kernel = product(tf.transpose(d_z), hidden, half)
-    return sums, tf.cast(d_hidden, tf.float32), tf.cast(d_kernel, tf.float32)
+    return sums, full(d_hidden), full(d_kernel)
 
 
 def head_loss(
@@ -45,7 +47,7 @@ def head_loss(
 
     @tf.custom_gradient
     def forward(hidden, kernel):
-        sums, d_hidden, d_table = tf.zeros(2), [], 0.0
+        sums, d_hidden, d_table = tf.zeros(2, weights_N.dtype), [], 0.0
         for start in range(0, hidden.shape[0], ROWS):
             part = slice(start, start + ROWS)
             # One chunk after the other: side by side their logits would not fit the cache.

@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from horovod_lm.spec import ModelSpec
 from tf_backend.layers import Block, Embeddings, LayerNorm, Words
-from tf_backend.precision import HALF_TYPES, linear
+from tf_backend.precision import FULL_TYPES, HALF_TYPES, full, linear
+from tf_backend.trace import record
 
 
 class Transformer(keras.Model):
@@ -15,11 +16,13 @@ class Transformer(keras.Model):
     since training does it together with the loss."""
 
     def __init__(self, spec: ModelSpec, precision: str) -> None:
-        super().__init__(name="transformer", autocast=False)
+        super().__init__(name="transformer", dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec, self.half = spec, HALF_TYPES[precision]
-        self.embeddings = Embeddings(spec)
+        self.embeddings = Embeddings(spec, precision)
         self.decoder = [Block(spec, precision, i) for i in range(spec.layers)]
-        self.norm = LayerNorm(spec, name="norm") if spec.norm_placement == "pre" else None
+        self.norm = None
+        if spec.norm_placement == "pre":
+            self.norm = LayerNorm(spec, precision, name="norm")
 
     def build(self, input_shape=None) -> None:
         self.embeddings.build()
@@ -38,12 +41,16 @@ class Transformer(keras.Model):
         caches: list[tf.Variable] | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
-        """Hidden states (B, L, D) fp32. `caches`, for each layer (2, B, H, context, K), and `start`
-        are for decoding: the tokens' first position, with keys and values of earlier ones."""
+        """Hidden states (B, L, D), no half. `caches`, for each layer (2, B, H, context, K), and
+        `start` are for decoding: the tokens' first position, with keys and values of earlier
+        ones."""
         x = self.embeddings(tokens_BL, words, start=start)
         for index, block in enumerate(self.decoder):
             x = block(x, words, None if caches is None else caches[index], start=start)
-        return x if self.norm is None else self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+            record("decoder.norm", x)
+        return x
 
     def head_kernel(self, head: str) -> tf.Tensor:
         """The (D, V) kernel of an output head: the transposed embedding where they are tied."""
@@ -52,5 +59,5 @@ class Transformer(keras.Model):
         return tf.convert_to_tensor(self.lm_kernel)
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """(…, D) to (…, V) fp32."""
-        return tf.cast(linear(hidden, self.head_kernel("lm"), None, self.half), tf.float32)
+        """(…, D) to (…, V), no half."""
+        return full(linear(hidden, self.head_kernel("lm"), None, self.half))

@@ -1,4 +1,4 @@
-"""Which numbers the products run in: fp32, bf16, or fp16.
+"""Which numbers a model runs in: fp32, fp64 for tests and parity, or products in bf16 or fp16.
 
 In the half precisions weights, residual stream, norms, softmax and loss stay in fp32; only the
 inputs and results of matrix products are halves.
@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-HALF_TYPES = {"fp32": None, "bf16": tf.bfloat16, "fp16": tf.float16}
+# The type of products where it is not the full one, and the full one: weights, stream, sums.
+HALF_TYPES = {"fp64": None, "fp32": None, "bf16": tf.bfloat16, "fp16": tf.float16}
+FULL_TYPES = dict.fromkeys(HALF_TYPES, tf.float32) | {"fp64": tf.float64}
 
 
 def cast(x: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
     """`x` in the type of products."""
     return x if half is None else tf.cast(x, half)
+
+
+def full(x: tf.Tensor) -> tf.Tensor:
+    """A half as fp32; anything else as it is."""
+    return tf.cast(x, tf.float32) if x.dtype.size == 2 else x
 
 
 def product(a: tf.Tensor, b: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
@@ -31,7 +38,7 @@ def _add_bias(y, bias):
     def backward(gradient):
         # Summed in fp32: TensorFlow's own gradient adds up thousands of rows in a half. This
         # kernel sums columns four times as fast as tf.reduce_sum.
-        total = tf.raw_ops.BiasAddGrad(out_backprop=tf.cast(gradient, tf.float32))
+        total = tf.raw_ops.BiasAddGrad(out_backprop=full(gradient))
         return gradient, tf.cast(total, bias.dtype)
 
     return tf.nn.bias_add(y, bias), backward
@@ -46,5 +53,6 @@ def linear(
     shape = tf.concat([tf.shape(x)[:-1], [outputs]], 0)
     y = product(tf.reshape(x, [-1, inputs]), kernel, half)
     if bias is not None:
-        y = _add_bias(y, cast(bias, half))
+        # As a tensor: eagerly, a custom gradient refuses variables.
+        y = _add_bias(y, cast(tf.convert_to_tensor(bias), half))
     return tf.reshape(y, shape)

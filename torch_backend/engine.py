@@ -23,11 +23,13 @@ from torch_backend.layers import Words
 from torch_backend.loss import head_loss
 from torch_backend.model import Transformer
 from torch_backend.optimizer import OPTIMIZERS, global_norm
+from torch_backend.precision import FULL_TYPES
+from torch_backend.trace import record, tracing
 from torch_backend.weights import Weights
 
 
 class Engine:
-    """See `horovod_lm.backend.Engine`. Gradients accumulate in one flat fp32 buffer whose tail
+    """See `horovod_lm.backend.Engine`. Gradients accumulate in one flat buffer whose tail
     carries the losses and each rank's status through the same allreduce."""
 
     def __init__(
@@ -38,7 +40,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.spec, self.settings, self.communicator = spec, settings, communicator
-        self.device = device
+        self.device, self.dtype = device, FULL_TYPES[settings.precision]
         self.model = Transformer(spec, settings.precision).to(device)
         tail = len(settings.loss_names) + communicator.size
         self.weights = Weights(self.model, spec, tail, device)
@@ -55,7 +57,7 @@ class Engine:
         tokens = self._tensor(micro.inputs["tokens"])
         words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
         hidden = self.model(tokens, self._words(words))
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, loss in enumerate(micro.losses):
             scaled, nll_sum = self._loss(hidden, loss, loss_scale * loss.factor / loss.normaliser)
             total = total + scaled
@@ -104,15 +106,28 @@ class Engine:
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(B, L, V) fp32 logits without dropout."""
+        """(B, L, V) logits without dropout."""
         return self.model.logits(self.model(self._tensor(inputs["tokens"]))).cpu().numpy()
+
+    @torch.no_grad()
+    def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
+        """The activations of one forward with the dropout of `step`, by site."""
+        tokens = self._tensor(micro.inputs["tokens"])
+        words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
+        with tracing() as sites:
+            hidden = self.model(tokens, self._words(words))
+            scaled = [self._loss(hidden, s, s.factor / s.normaliser)[0] for s in micro.losses]
+            record("loss", torch.stack(scaled).sum(0, keepdim=True))
+        sites["logits"] = sites["logits"].reshape(*tokens.shape, -1)
+        sites["loss"] = sites["loss"].reshape(())
+        return sites
 
     @torch.no_grad()
     def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         """Begin decoding after prompts (B, L)."""
         spec = self.spec
         shape = (spec.layers, 2, len(tokens), spec.heads, spec.context, spec.head_width)
-        return self._decode(tokens, torch.zeros(shape, device=self.device), 0)
+        return self._decode(tokens, torch.zeros(shape, dtype=self.dtype, device=self.device), 0)
 
     @torch.no_grad()
     def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
@@ -167,7 +182,7 @@ class Engine:
         return Words(*(None if a is None else self._tensor(a) for a in arrays))
 
     def _loss(self, hidden, loss, coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = self._tensor(loss.weights.reshape(-1))
+        weights = self._tensor(loss.weights.reshape(-1)).to(self.dtype)
         return head_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             self.model.head_kernel(loss.head),

@@ -12,7 +12,8 @@ from torch import nn
 
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
-from torch_backend.precision import HALF_TYPES, cast, linear, product
+from torch_backend.precision import FULL_TYPES, HALF_TYPES, cast, full, linear, product
+from torch_backend.trace import record, record_rows
 
 ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
 
@@ -69,22 +70,25 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rows, columns, rate):
+    def forward(ctx, query, key, value, rows, columns, rate, heads, site):
         length, width = query.shape[1:]
         scale, boost = 1 / math.sqrt(width), 1 / (1 - rate)
         output = torch.empty_like(query)
         block = min(ROW_BLOCK, length)
-        triangle = torch.full((block, block), -math.inf, device=query.device).triu_(1)
+        triangle = query.new_full((block, block), -math.inf).triu_(1)
         saved = []
         for start in range(0, length, ROW_BLOCK):
             end = min(start + ROW_BLOCK, length)
             scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2)).mul_(scale)
             scores[:, :, start:].add_(triangle[: end - start, : end - start])
+            record_rows("attention.scores", scores, start, heads, site)
             probabilities = torch.softmax(scores, -1)
+            record_rows("attention.probabilities", probabilities, start, heads, site)
             dropped, keep = probabilities, None
             if rows is not None:
                 keep = keep_mask(rows[:, start:end], columns[:end], rate)
                 dropped = torch.ops.aten.native_dropout_backward(probabilities, keep, boost)
+                record_rows("attention.dropped", dropped, start, heads, site)
             torch.bmm(dropped, value[:, :end], out=output[:, start:end])
             saved.append((probabilities, keep))
         ctx.save_for_backward(query, key, value, output)
@@ -112,7 +116,7 @@ class _CausalAttention(torch.autograd.Function):
             d_scores.sub_(inner_sum[:, start:end]).mul_(probabilities).mul_(ctx.scale)
             torch.bmm(d_scores, key[:, :end], out=d_query[:, start:end])
             d_key[:, :end].baddbmm_(d_scores.transpose(1, 2), query[:, start:end])
-        return d_query, d_key, d_value, None, None, None
+        return d_query, d_key, d_value, *[None] * 5
 
 
 def attention(
@@ -137,30 +141,38 @@ def attention(
         flat = [x.reshape(batch * heads, length, width) for x in (query_BHLK, key_BHMK, value_BHMK)]
         if dropping:
             rows = rows.reshape(batch * heads, length)
-        return _CausalAttention.apply(*flat, rows, columns, rate).view_as(query_BHLK)
-    scores_BHLM = product(query_BHLK, key_BHMK.transpose(2, 3), half).float() / math.sqrt(width)
+        output = _CausalAttention.apply(*flat, rows, columns, rate, heads, site)
+        return output.view_as(query_BHLK)
+    scores_BHLM = full(product(query_BHLK, key_BHMK.transpose(2, 3), half)) / math.sqrt(width)
     later = torch.ones(scores_BHLM.shape[2:], dtype=torch.bool, device=scores_BHLM.device)
     later = later.triu_(1 + scores_BHLM.shape[3] - length)
     probabilities = torch.softmax(scores_BHLM.masked_fill(later, -math.inf), -1)
+    record_rows("attention.scores", scores_BHLM, 0, heads, site)
+    record_rows("attention.probabilities", probabilities, 0, heads, site)
     if dropping:
         probabilities = _Dropout.apply(probabilities, keep_mask(rows, columns, rate), rate)
+        record_rows("attention.dropped", probabilities, 0, heads, site)
     return product(probabilities, value_BHMK, half)
+
+
+def _parameter(precision: str, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=FULL_TYPES[precision]))
 
 
 class Embeddings(nn.Module):
     """Token embeddings plus positions, then (post-norm only) a norm, then dropout: (B, L) int
     to (B, L, D)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, precision: str) -> None:
         super().__init__()
         self.spec = spec
-        self.tokens = nn.Parameter(torch.zeros(spec.vocabulary, spec.width))
+        self.tokens = _parameter(precision, spec.vocabulary, spec.width)
         if spec.positions == "learned":
-            self.positions = nn.Parameter(torch.zeros(spec.context, spec.width))
+            self.positions = _parameter(precision, spec.context, spec.width)
         else:
-            table = torch.from_numpy(sinusoidal_positions(spec))
+            table = torch.from_numpy(sinusoidal_positions(spec)).to(FULL_TYPES[precision])
             self.register_buffer("positions", table, persistent=False)
-        self.norm = LayerNorm(spec) if spec.norm_placement == "post" else None
+        self.norm = LayerNorm(spec, precision) if spec.norm_placement == "post" else None
 
     def forward(self, tokens_BL: torch.Tensor, words: Words | None, start: int = 0) -> torch.Tensor:
         """`start` is the position of the first token."""
@@ -168,19 +180,23 @@ class Embeddings(nn.Module):
         if self.spec.embedding_scale != 1:
             x = x * self.spec.embedding_scale
         x = x + self.positions[start : start + tokens_BL.shape[1]]
+        record("embeddings.sum", x)
         if self.norm is not None:
             x = self.norm(x)
-        return dropout(x, words, 0, self.spec.dropout)
+            record("embeddings.norm", x)
+        x = dropout(x, words, 0, self.spec.dropout)
+        record("embeddings", x)
+        return x
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the width (Ba et al., 2016), always in fp32."""
+    """Layer normalisation over the width (Ba et al., 2016), never in a half."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, precision: str) -> None:
         super().__init__()
         self.epsilon = spec.norm_epsilon
-        self.scale = nn.Parameter(torch.zeros(spec.width))
-        self.bias = nn.Parameter(torch.zeros(spec.width)) if spec.bias else None
+        self.scale = _parameter(precision, spec.width)
+        self.bias = _parameter(precision, spec.width) if spec.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) to (…, D)."""
@@ -193,8 +209,8 @@ class Linear(nn.Module):
     def __init__(self, spec: ModelSpec, inputs: int, outputs: int, precision: str) -> None:
         super().__init__()
         self.half = HALF_TYPES[precision]
-        self.kernel = nn.Parameter(torch.zeros(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if spec.bias else None
+        self.kernel = _parameter(precision, inputs, outputs)
+        self.bias = _parameter(precision, outputs) if spec.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, inputs) to (…, outputs), in the type of products."""
@@ -209,10 +225,10 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.half, self.site = spec, HALF_TYPES[precision], site
         width = spec.width
-        self.qkv_kernel = nn.Parameter(torch.zeros(width, 3 * width))
-        self.query_bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
-        self.key_bias = nn.Parameter(torch.zeros(width)) if spec.key_bias else None
-        self.value_bias = nn.Parameter(torch.zeros(width)) if spec.bias else None
+        self.qkv_kernel = _parameter(precision, width, 3 * width)
+        self.query_bias = _parameter(precision, width) if spec.bias else None
+        self.key_bias = _parameter(precision, width) if spec.key_bias else None
+        self.value_bias = _parameter(precision, width) if spec.bias else None
         self.output = Linear(spec, width, width, precision)
 
     def forward(
@@ -230,13 +246,19 @@ class Attention(nn.Module):
         qkv = linear(x, self.qkv_kernel, torch.cat(biases), self.half)
         qkv = qkv.view(batch, length, 3, self.spec.heads, self.spec.head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        for name, part in (("query", query), ("key", key), ("value", value)):
+            record(f"attention.{name}", part, self.site)
         if cache is not None:
             cache[0, :, :, start : start + length] = key
             cache[1, :, :, start : start + length] = value
             key, value = cast(cache[:, :, :, : start + length], self.half).unbind(0)
         rate = self.spec.attention_dropout
         mixed = attention(query, key, value, words, self.site, rate, self.half)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        record("attention.mixed", mixed, self.site)
+        output = self.output(mixed)
+        record("attention.output", output, self.site)
+        return output
 
     def _biases(self) -> tuple[torch.Tensor | None, ...]:
         return self.query_bias, self.key_bias, self.value_bias
@@ -245,15 +267,22 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with an activation between."""
 
-    def __init__(self, spec: ModelSpec, precision: str) -> None:
+    def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
         super().__init__()
+        self.site = site
         self.up = Linear(spec, spec.width, spec.inner_width, precision)
         self.down = Linear(spec, spec.inner_width, spec.width, precision)
         self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to (B, L, D)."""
-        return self.down(self.activation(self.up(x)))
+        x = self.up(x)
+        record("feed_forward.up", x, self.site)
+        x = self.activation(x)
+        record("feed_forward.activation", x, self.site)
+        x = self.down(x)
+        record("feed_forward.down", x, self.site)
+        return x
 
 
 class Block(nn.Module):
@@ -263,10 +292,10 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, precision: str, index: int) -> None:
         super().__init__()
         self.spec, self.index = spec, index
-        self.attention_norm = LayerNorm(spec)
+        self.attention_norm = LayerNorm(spec, precision)
         self.attention = Attention(spec, precision, index)
-        self.feed_forward_norm = LayerNorm(spec)
-        self.feed_forward = FeedForward(spec, precision)
+        self.feed_forward_norm = LayerNorm(spec, precision)
+        self.feed_forward = FeedForward(spec, precision, index)
 
     def forward(
         self,
@@ -275,14 +304,20 @@ class Block(nn.Module):
         cache: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
-        """(B, L, D) fp32 to (B, L, D) fp32; see `Attention` for `cache` and `start`."""
+        """(B, L, D) to (B, L, D), no half; see `Attention` for `cache` and `start`."""
         rate, site = self.spec.dropout, 1 + 2 * self.index
-        if self.spec.norm_placement == "pre":
-            branch = self.attention(self.attention_norm(x), words, cache, start)
-            x = x + dropout(branch.float(), words, site, rate)
-            branch = self.feed_forward(self.feed_forward_norm(x))
-            return x + dropout(branch.float(), words, site + 1, rate)
-        branch = self.attention(x, words, cache, start)
-        x = self.attention_norm(x + dropout(branch.float(), words, site, rate))
-        branch = self.feed_forward(x)
-        return self.feed_forward_norm(x + dropout(branch.float(), words, site + 1, rate))
+        pre = self.spec.norm_placement == "pre"
+        branch = self._norm("attention", x) if pre else x
+        branch = self.attention(branch, words, cache, start)
+        x = x + dropout(full(branch), words, site, rate)
+        record("attention.residual", x, self.index)
+        x = x if pre else self._norm("attention", x)
+        branch = self.feed_forward(self._norm("feed_forward", x) if pre else x)
+        x = x + dropout(full(branch), words, site + 1, rate)
+        record("feed_forward.residual", x, self.index)
+        return x if pre else self._norm("feed_forward", x)
+
+    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        x = getattr(self, f"{name}_norm")(x)
+        record(f"{name}_norm", x, self.index)
+        return x

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from torch_backend.precision import product
+from torch_backend.precision import full, product
+from torch_backend.trace import record
 
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
@@ -16,13 +17,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, kernel, targets, weights, coefficients, half, need):
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(2, dtype=weights.dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need else None
         # In the layout of the kernel's own memory, which is transposed where it is tied.
         d_kernel = torch.zeros_like(kernel) if need else None
         for start in range(0, hidden.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            z = product(hidden[rows], kernel, half).float()
+            z = full(product(hidden[rows], kernel, half))
+            record("logits", z)
             z -= z.amax(-1, keepdim=True)
             picked = z.gather(-1, targets[rows, None])[:, 0]
             total = z.exp_().sum(-1)

@@ -7,7 +7,8 @@ from torch import nn
 
 from horovod_lm.spec import ModelSpec
 from torch_backend.layers import Block, Embeddings, LayerNorm, Words
-from torch_backend.precision import HALF_TYPES, product
+from torch_backend.precision import FULL_TYPES, HALF_TYPES, full, product
+from torch_backend.trace import record
 
 
 class Transformer(nn.Module):
@@ -17,11 +18,12 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec, precision: str) -> None:
         super().__init__()
         self.spec, self.half = spec, HALF_TYPES[precision]
-        self.embeddings = Embeddings(spec)
+        self.embeddings = Embeddings(spec, precision)
         self.decoder = nn.ModuleList(Block(spec, precision, i) for i in range(spec.layers))
-        self.norm = LayerNorm(spec) if spec.norm_placement == "pre" else None
+        self.norm = LayerNorm(spec, precision) if spec.norm_placement == "pre" else None
         if not spec.tied:
-            self.lm_kernel = nn.Parameter(torch.zeros(spec.width, spec.vocabulary))
+            shape = (spec.width, spec.vocabulary)
+            self.lm_kernel = nn.Parameter(torch.zeros(shape, dtype=FULL_TYPES[precision]))
 
     def forward(
         self,
@@ -30,17 +32,20 @@ class Transformer(nn.Module):
         caches: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
-        """Hidden states (B, L, D) fp32. `caches` (layers, 2, B, H, context, K) and `start` are for
-        decoding: the tokens' first position, with keys and values of earlier ones."""
+        """Hidden states (B, L, D), no half. `caches` (layers, 2, B, H, context, K) and `start` are
+        for decoding: the tokens' first position, with keys and values of earlier ones."""
         x = self.embeddings(tokens_BL, words, start)
         for index, block in enumerate(self.decoder):
             x = block(x, words, None if caches is None else caches[index], start)
-        return x if self.norm is None else self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+            record("decoder.norm", x)
+        return x
 
     def head_kernel(self, head: str) -> torch.Tensor:
         """The (D, V) kernel of an output head: the transposed embedding where they are tied."""
         return self.embeddings.tokens.t() if self.spec.tied else self.lm_kernel
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, D) to (…, V) fp32."""
-        return product(hidden, self.head_kernel("lm"), self.half).float()
+        """(…, D) to (…, V), no half."""
+        return full(product(hidden, self.head_kernel("lm"), self.half))

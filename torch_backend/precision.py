@@ -1,4 +1,5 @@
-"""Which numbers the products run in: fp32, bf16, or fp16 that rounds and overflows like fp16.
+"""Which numbers a model runs in: fp32, fp64 for tests and parity, or products in bf16, or in fp16
+that rounds and overflows like fp16.
 
 In the half precisions weights, residual stream, norms, softmax and loss stay in fp32; only the
 inputs and results of matrix products are halves.
@@ -8,12 +9,19 @@ from __future__ import annotations
 
 import torch
 
-HALF_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The type of products where it is not the full one, and the full one: weights, stream, sums.
+HALF_TYPES = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FULL_TYPES = dict.fromkeys(HALF_TYPES, torch.float32) | {"fp64": torch.float64}
 
 
 def cast(x: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
     """`x` in the type of products."""
     return x if half is None else x.to(half)
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """A half as fp32; anything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def product(a: torch.Tensor, b: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:

@@ -57,8 +57,9 @@ class Weights:
         self.blocks = [block(own[name].shape, parts[name]) for name in names]
         self.size = sum(own[name].numel() for name in names)
         self.decayed = sum(own[name].numel() for name in names if order[name])
-        self.values = torch.zeros(self.size, device=device)
-        self.gradients = torch.zeros(self.size + tail, device=device)
+        dtype = next(model.parameters()).dtype
+        self.values = torch.zeros(self.size, dtype=dtype, device=device)
+        self.gradients = torch.zeros(self.size + tail, dtype=dtype, device=device)
         self.tail = self.gradients[self.size :]
         self.slices: dict[str, slice] = {}
         self.shapes: dict[str, torch.Size] = {}
@@ -82,7 +83,7 @@ class Weights:
         """Fill a flat buffer of this layout from canonical tensors. Raises `KeyError` for a
         missing one."""
         for parameter in self.spec.parameters:
-            array = np.ascontiguousarray(tensors[parameter.name], dtype=np.float32)
+            array = np.ascontiguousarray(tensors[parameter.name])
             self._view(buffer, parameter.name).copy_(torch.from_numpy(array))
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
