@@ -9,6 +9,7 @@ from __future__ import annotations
 from horovod_lm.spec import ModelSpec
 
 _SPECIAL = {
+    "norm": "global norm of the gradient",
     "embeddings.sum": "embeddings, sum of tokens and positions",
     "embeddings": "embeddings after dropout",
     "heads.lm.kernel": "output layer kernel",
@@ -40,10 +41,12 @@ def within_layer(name: str) -> str:
 
 
 def layer(name: str) -> str:
-    """The layer that a site or a parameter belongs to: "embeddings", "block 2", "final norm" or
-    "output"."""
+    """The layer that a site or a parameter belongs to: "embeddings", "block 2", "final norm",
+    "output", or "all" for the global norm."""
     place, _ = _split(name)
-    return "output" if place in ("logits", "loss", "heads") else place
+    return {"norm": "all", "heads": "output", "logits": "output", "loss": "output"}.get(
+        place, place
+    )
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -37,9 +37,7 @@ class Place:
     def words(self) -> str:
         """The place for a person."""
         text = places.words(self.name)
-        if self.name == "norm":
-            return "global norm of the gradient"
-        if self.kind != "activation":
+        if self.kind != "activation" and self.name != "norm":
             text = f"{self.kind} of {text}"
         return f"{text} ({self.quantity})" if self.quantity else text
 
