@@ -28,6 +28,7 @@ from horovod_lm.checkpoint import (
 )
 from horovod_lm.config import Config, make_config
 from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.optimizers import moment_shapes
 from horovod_lm.randomness import initial_weights
 
 SMALL = {
@@ -105,6 +106,33 @@ def test_a_state_without_moments(tmp_path):
     state = state_at(3)
     state.engine.moments = {}
     assert load(save(tmp_path, state, CONFIG, keep=1)).engine.moments == {}
+
+
+def test_moments_of_other_shapes_than_their_parameters(tmp_path):
+    config, state = changed(optimizer={"name": "adafactor"}), state_at(3)
+    shapes = {name: array.shape for name, array in state.engine.weights.items()}
+    state.engine.moments = {
+        moment: {name: np.full(shape, 3, np.float32) for name, shape in table.items()}
+        for moment, table in moment_shapes("adafactor", shapes).items()
+    }
+    path = save(tmp_path, state, config, keep=1)
+    assert_same(load(path), state)
+    with pytest.raises(UserError, match=r"optimizer\.name: adafactor → adamw"):
+        check_same_run(path, CONFIG)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_moments_of_another_optimizer_are_refused(tmp_path, optimizer):
+    path = save(tmp_path, state_at(3), changed(optimizer={"name": optimizer}), keep=1)
+    with pytest.raises(UserError, match=f"does not hold the moments of {optimizer} for the"):
+        load(path)
+
+
+def test_an_optimizer_that_is_not_known_is_refused(tmp_path):
+    path = save(tmp_path, state_at(3), CONFIG, keep=1)
+    edit(path, lambda manifest: manifest["run"].update({"optimizer.name": ["adamw"]}))
+    with pytest.raises(UserError, match=r"run: optimizer\.name is \['adamw'\]"):
+        load(path)
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
@@ -297,6 +325,16 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
         ),
         ({"train": {"max_norm": 0}}, ["train.max_norm: 1.0 → not set"]),
         ({"model": {"dropout": 0.5}}, ["model.dropout: 0.1 → 0.5"]),
+        (
+            {"optimizer": {"name": "sgd"}},
+            [
+                "optimizer.beta1: 0.9 → not set",
+                "optimizer.beta2: 0.999 → not set",
+                "optimizer.epsilon: 1e-08 → not set",
+                "optimizer.momentum: not set → 0.9",
+                "optimizer.name: adamw → sgd",
+            ],
+        ),
         ({"train": {"steps": 300}}, ["schedule.updates: 200 → 300", "to train longer, set it"]),
         ({"data": {"text": ["/b.txt"]}}, ["data.text: ['/corpora/book.txt'] → ['/b.txt']"]),
     ],

@@ -1,5 +1,6 @@
 """A config is read whole or refused with one plain message."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,31 @@ def test_the_trajectory_leaves_out_what_does_not_change_the_weights():
         assert make_config({section: {key: value}}, "test").trajectory == base, key
     other = make_config({"train": {"steps": 300}}, "test").trajectory
     assert {key for key in base if base[key] != other[key]} == {"schedule.updates"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "reads"),
+    [
+        ("adamw", "momentum", "learning_rate, beta1, beta2, epsilon, weight_decay"),
+        ("adam", "weight_decay", "learning_rate, beta1, beta2, epsilon"),
+        ("sgd", "beta2", "learning_rate, momentum, weight_decay"),
+        ("adafactor", "epsilon", "learning_rate, weight_decay"),
+    ],
+)
+def test_a_key_that_the_optimizer_does_not_read_is_refused(name, key, reads):
+    with pytest.raises(UserError) as caught:
+        make_config({"optimizer": {"name": name, key: 0.5}}, "test")
+    assert str(caught.value) == (
+        f"test: optimizer: {key} = 0.5 means nothing to {name}, which reads {reads}; leave {key} "
+        f"out, or choose another name"
+    )
+    config = make_config({"optimizer": {"name": name}}, "test")
+    assert f"optimizer.{key}" not in config.trajectory
+    assert load_config_text(to_toml(config)) == config
+
+
+def load_config_text(text):
+    return make_config(tomllib.loads(text), "test")
 
 
 words = st.text(
