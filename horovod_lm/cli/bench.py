@@ -104,3 +104,44 @@ def counts(text: str, option: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise click.BadParameter(f"{text} is not a list like 1,2", param_hint=option)
     return numbers
+
+
+ranks_option = click.option(
+    "-np", "--ranks", type=click.IntRange(1), metavar="N", help="Processes (launch.ranks)."
+)
+backends_option = click.option(
+    "--backends", default="torch,tensorflow", metavar="NAMES", help="Which frameworks to measure."
+)
+
+
+@command.command("allreduce")
+@bench_options
+@ranks_option
+@backends_option
+@click.option("--over", default="mpi,gloo", help="Who reduces for Horovod: mpi, gloo or both.")
+def allreduce(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    ranks: int | None,
+    backends: str,
+    over: str,
+) -> None:
+    """Horovod's allreduce by size, against raw MPI and against a copy in memory."""
+    from horovod_lm.backend import backend_names
+    from horovod_lm.bench.allreduce import QUICK_SIZES, SIZES, TRANSPORTS, measure
+
+    flags = (f"launch.ranks={ranks or 2}",)
+    result = measure(
+        settings(config, (*overrides, *flags), quick),
+        sizes=QUICK_SIZES if quick else SIZES,
+        backends=choices(backends, tuple(backend_names()), "--backends"),
+        transports=choices(over, TRANSPORTS, "--over"),
+        rounds=rounds or (QUICK_ROUNDS if quick else 10),
+        seconds=seconds or (QUICK_SECONDS if quick else 0.3),
+    )
+    finish(result, as_json, output)
