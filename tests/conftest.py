@@ -2,7 +2,15 @@
 
 import signal
 
+from tests.parity.compare import FIGURES
+
 # A shell starts background jobs with SIGINT ignored, and their children inherit that: tests of
 # Ctrl-C would wait in vain.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print how far apart things were, and not only that they were near enough."""
+    for title, value in FIGURES.items():
+        terminalreporter.write_line(f"{title}: at most {value:.1e}")

@@ -11,16 +11,9 @@ import pytest
 from horovod_lm.backend import EngineSettings, EngineState, Loss, MicroBatch
 from horovod_lm.randomness import initial_weights, normals
 from horovod_lm.spec import ModelSpec
-from tests.parity.compare import FIGURES
 
 SEED = 11
 ROWS = 8  # x context 70 is more than one chunk of the head and one block of attention
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print how far apart things were, and not only that they were near enough."""
-    for title, value in FIGURES.items():
-        terminalreporter.write_line(f"{title}: at most {value:.1e}")
 
 
 @dataclass
