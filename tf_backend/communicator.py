@@ -11,6 +11,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from horovod_lm.errors import CollectiveFailed
 from horovod_lm.installed import require_horovod
+from tf_backend.profiler import scope
 
 
 @contextmanager
@@ -63,6 +64,7 @@ class Communicator:
             total = hvd.allreduce(tensor, op=hvd.Sum, name=f"allreduce.{array.dtype}")
             return total.numpy().reshape(array.shape)
 
+    @scope("communication")
     def reduce(self, buffer: tf.Tensor) -> tf.Tensor:
         """The sum of a gradient buffer over the ranks by ring-allreduce."""
         with _collective():
@@ -71,6 +73,14 @@ class Communicator:
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.allreduce(np.zeros(1, dtype=np.int32))  # Horovod has no barrier for TensorFlow
+
+    def start_timeline(self, path: str) -> None:
+        """Have rank 0 write Horovod's timeline to `path` from now on."""
+        hvd.start_timeline(path)
+
+    def stop_timeline(self) -> None:
+        """End the timeline; its file is whole a moment later."""
+        hvd.stop_timeline()
 
     def shutdown(self) -> None:
         """Leave the job in good order."""

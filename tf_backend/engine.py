@@ -24,6 +24,7 @@ from tf_backend.loss import head_loss
 from tf_backend.model import Transformer
 from tf_backend.optimizer import OPTIMIZERS, global_norm
 from tf_backend.precision import FULL_TYPES
+from tf_backend.profiler import scope
 from tf_backend.trace import record, tracing
 from tf_backend.weights import Weights
 
@@ -72,6 +73,7 @@ class Engine:
         self.weights.gradients = buffer if self._empty else self.weights.gradients + buffer
         self._empty = False
 
+    @scope("optimizer")
     def reduce_gradients(self, status: int = 0) -> Reduced:
         """Sum the accumulator over the ranks and undo the loss scale."""
         names, weights = self.settings.loss_names, self.weights
@@ -98,6 +100,7 @@ class Engine:
             tensor=None if finite else weights.first_not_finite(weights.gradients),
         )
 
+    @scope("optimizer")
     def apply_gradients(self, learning_rate: float, clip: float | None) -> None:
         """One update with the reduced gradient, clipped to a global norm of `clip`."""
         if clip is not None and self._norm > clip:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
 from tf_backend.precision import FULL_TYPES, HALF_TYPES, cast, full, linear, product
+from tf_backend.profiler import scope
 from tf_backend.trace import record, record_rows
 
 ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
@@ -24,6 +25,7 @@ def _gelu(x):
     and passes over twice as many tensors."""
     cumulative = 0.5 + 0.5 * tf.math.erf(x * math.sqrt(0.5))
 
+    @scope("activation")
     def backward(gradient):
         density = tf.exp(-0.5 * tf.square(x)) * (1 / math.sqrt(2 * math.pi))
         return gradient * (cumulative + x * density)
@@ -62,6 +64,7 @@ def _times_keep(x: tf.Tensor, keep: tf.Tensor, rate: float) -> tf.Tensor:
     return x * (tf.cast(keep, x.dtype) * (1 / (1 - rate)))
 
 
+@scope("dropout")
 def dropout(x: tf.Tensor, words: Words | None, site: int, rate: float) -> tf.Tensor:
     """Dropout on the residual stream, (B, L, D), at one site; the identity without words."""
     if words is None or not rate:
@@ -99,6 +102,7 @@ def _causal_attention(query, key, value, rows, columns, rate, heads, site):
             saved.append((probabilities, dropped, keep))
         output = tf.concat(outputs, 1)
 
+        @scope("attention")
         def backward(gradient):
             inner_sum = tf.reduce_sum(gradient * output, -1, keepdims=True)
             d_query, d_key, d_value = [], [], []
@@ -159,6 +163,7 @@ def attention(
 
 @tf.custom_gradient
 def _lookup(table, indices):
+    @scope("embeddings")
     def backward(gradient):
         rows = tf.reshape(gradient, [-1, table.shape[1]])
         d_table = tf.math.unsorted_segment_sum(rows, tf.reshape(indices, [-1]), table.shape[0])
@@ -217,6 +222,7 @@ def _normalise(x, epsilon):
         inverse = tf.math.rsqrt(variance + epsilon)
         y = centred * inverse
 
+        @scope("norm")
         def backward(gradient):
             along = tf.reduce_mean(gradient * y, -1, keepdims=True)
             mean = tf.reduce_mean(gradient, -1, keepdims=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from tf_backend.precision import full, product
+from tf_backend.profiler import scope
 from tf_backend.trace import record
 
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
@@ -28,6 +29,7 @@ def _chunk(hidden, kernel, targets, weights, coefficients, half):
     return sums, full(d_hidden), full(d_kernel)
 
 
+@scope("loss")
 def head_loss(
     hidden_ND: tf.Tensor,
     kernel_DV: tf.Tensor,
@@ -60,6 +62,7 @@ def head_loss(
             d_hidden.append(d_rows)
             d_table += d_part
 
+        @scope("loss")
         def backward(gradient, _):
             # dW is made transposed, as a tied kernel lies in memory; transposing twice is free.
             return tf.concat(d_hidden, 0) * gradient, tf.transpose(d_table * gradient)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from tf_backend.profiler import scope
+
 # The type of products where it is not the full one, and the full one: weights, stream, sums.
 HALF_TYPES = {"fp64": None, "fp32": None, "bf16": tf.bfloat16, "fp16": tf.float16}
 FULL_TYPES = dict.fromkeys(HALF_TYPES, tf.float32) | {"fp64": tf.float64}
@@ -35,6 +37,7 @@ def product(a: tf.Tensor, b: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
 
 @tf.custom_gradient
 def _add_bias(y, bias):
+    @scope("linear")
     def backward(gradient):
         # Summed in fp32: TensorFlow's own gradient adds up thousands of rows in a half. This
         # kernel sums columns four times as fast as tf.reduce_sum.
@@ -44,6 +47,7 @@ def _add_bias(y, bias):
     return tf.nn.bias_add(y, bias), backward
 
 
+@scope("linear")
 def linear(
     x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, half: tf.DType | None
 ) -> tf.Tensor:

@@ -24,6 +24,7 @@ from torch_backend.loss import head_loss
 from torch_backend.model import Transformer
 from torch_backend.optimizer import OPTIMIZERS, global_norm
 from torch_backend.precision import FULL_TYPES
+from torch_backend.profiler import scope
 from torch_backend.trace import record, tracing
 from torch_backend.weights import Weights
 
@@ -64,6 +65,7 @@ class Engine:
             self.weights.tail[index] += nll_sum / loss.normaliser
         total.backward()
 
+    @scope("optimizer")
     def reduce_gradients(self, status: int = 0) -> Reduced:
         """Sum the accumulator over the ranks and undo the loss scale."""
         self._begin()
@@ -88,6 +90,7 @@ class Engine:
             tensor=None if finite else weights.first_not_finite(gradients),
         )
 
+    @scope("optimizer")
     def apply_gradients(self, learning_rate: float, clip: float | None) -> None:
         """One update with the reduced gradient, clipped to a global norm of `clip`."""
         if clip is not None and self._norm > clip:

@@ -13,6 +13,7 @@ from torch import nn
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
 from torch_backend.precision import FULL_TYPES, HALF_TYPES, cast, full, linear, product
+from torch_backend.profiler import scope
 from torch_backend.trace import record, record_rows
 
 ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
@@ -53,6 +54,7 @@ class _Dropout(torch.autograd.Function):
         return torch.ops.aten.native_dropout_backward(gradient, keep, ctx.scale), None, None
 
 
+@scope("dropout")
 def dropout(x: torch.Tensor, words: Words | None, site: int, rate: float) -> torch.Tensor:
     """Dropout on the residual stream, (B, L, D), at one site; the identity without words."""
     if words is None or not rate:
@@ -119,6 +121,7 @@ class _CausalAttention(torch.autograd.Function):
         return d_query, d_key, d_value, *[None] * 5
 
 
+@scope("attention")
 def attention(
     query_BHLK: torch.Tensor,
     key_BHMK: torch.Tensor,
@@ -174,6 +177,7 @@ class Embeddings(nn.Module):
             self.register_buffer("positions", table, persistent=False)
         self.norm = LayerNorm(spec, precision) if spec.norm_placement == "post" else None
 
+    @scope("embeddings")
     def forward(self, tokens_BL: torch.Tensor, words: Words | None, start: int = 0) -> torch.Tensor:
         """`start` is the position of the first token."""
         x = F.embedding(tokens_BL, self.tokens)
@@ -198,6 +202,7 @@ class LayerNorm(nn.Module):
         self.scale = _parameter(precision, spec.width)
         self.bias = _parameter(precision, spec.width) if spec.bias else None
 
+    @scope("norm")
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) to (…, D)."""
         return F.layer_norm(x, self.scale.shape, self.scale, self.bias, self.epsilon)
@@ -231,6 +236,7 @@ class Attention(nn.Module):
         self.value_bias = _parameter(precision, width) if spec.bias else None
         self.output = Linear(spec, width, width, precision)
 
+    @scope("attention")
     def forward(
         self,
         x: torch.Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torch_backend.precision import full, product
+from torch_backend.profiler import scope
 from torch_backend.trace import record
 
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
@@ -53,6 +54,7 @@ class _HeadLoss(torch.autograd.Function):
         return d_hidden * gradient, d_kernel * gradient, None, None, None, None, None
 
 
+@scope("loss")
 def head_loss(
     hidden_ND: torch.Tensor,
     kernel_DV: torch.Tensor,

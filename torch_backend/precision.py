@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from torch_backend.profiler import scope
+
 # The type of products where it is not the full one, and the full one: weights, stream, sums.
 HALF_TYPES = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL_TYPES = dict.fromkeys(HALF_TYPES, torch.float32) | {"fp64": torch.float64}
@@ -37,6 +39,7 @@ def product(a: torch.Tensor, b: torch.Tensor, half: torch.dtype | None) -> torch
     return a @ b
 
 
+@scope("linear")
 def linear(
     x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, half: torch.dtype | None
 ) -> torch.Tensor:
