@@ -58,6 +58,7 @@ def check(names: Sequence[str]) -> tuple[str, str]:
                 f"--backends: {name} is not a backend; installed are: {', '.join(backend_names())} "
                 "(entry points of group horovod_lm.backends)"
             )
+    for name in names:
         if name in DISTRIBUTIONS and find_spec(name) is None:
             raise UserError(
                 f"parity of {' and '.join(names)} needs {name}, which is missing; "
