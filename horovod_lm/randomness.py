@@ -152,6 +152,12 @@ class DropoutWords:
     attention_columns: np.ndarray | None
 
 
+def native_seed(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
+    """(2,) int32 from which a framework's own generator starts in the micro-batch of these `rows`
+    of the global batch, where the dropout is not the shared one."""
+    return words((seed, step, 4, int(rows[0])), np.arange(2))
+
+
 MULTIPLIER = 0x9E3779B1 - 2**32  # as a signed 32-bit number
 
 

@@ -16,10 +16,10 @@ from horovod_lm.backend import (
     MicroBatch,
     Reduced,
 )
-from horovod_lm.randomness import dropout_words
+from horovod_lm.randomness import dropout_words, native_seed
 from horovod_lm.spec import ModelSpec
 from tf_backend.communicator import Communicator
-from tf_backend.layers import Words
+from tf_backend.layers import Native, Noise, Words
 from tf_backend.loss import head_loss
 from tf_backend.model import Transformer
 from tf_backend.optimizer import OPTIMIZERS, global_norm
@@ -50,9 +50,7 @@ class Engine:
             tail = len(settings.loss_names) + communicator.size
             self.weights = Weights(self.model, spec, tail, device)
             self.optimizer = OPTIMIZERS[settings.optimizer](self.weights, settings)
-        self._backward = tf.function(
-            self._buffer, autograph=False, jit_compile=_compiles(settings.precision)
-        )
+        self._backward = tf.function(self._buffer, autograph=False, jit_compile=_compiles(settings))
         self.updates = 0
         self._norm = 0.0
         self._loss_scale = 1.0
@@ -62,14 +60,15 @@ class Engine:
         """Add the gradients and losses of one micro-batch to the accumulator."""
         self._loss_scale = loss_scale
         tokens = micro.inputs["tokens"]
-        words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
         losses = [
             self._loss_arrays(loss, loss_scale * loss.factor / loss.normaliser)
             for loss in micro.losses
         ]
         normalisers = tf.constant([loss.normaliser for loss in micro.losses], self.dtype)
         heads = tuple(loss.head for loss in micro.losses)
-        buffer = self._backward(tf.constant(tokens), self._words(words), losses, normalisers, heads)
+        buffer = self._backward(
+            tf.constant(tokens), self._noise(micro, step), losses, normalisers, heads
+        )
         self.weights.gradients = buffer if self._empty else self.weights.gradients + buffer
         self._empty = False
 
@@ -125,11 +124,10 @@ class Engine:
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site."""
         tokens = micro.inputs["tokens"]
-        words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
         losses = [self._loss_arrays(loss, loss.factor / loss.normaliser) for loss in micro.losses]
         heads = tuple(loss.head for loss in micro.losses)
         with tracing() as sites:
-            hidden = self.model(tf.constant(tokens), self._words(words))
+            hidden = self.model(tf.constant(tokens), self._noise(micro, step))
             scaled, _ = self._losses(hidden, losses, heads)
             record("loss", tf.add_n(scaled)[None])
         sites["logits"] = sites["logits"].reshape(*tokens.shape, -1)
@@ -178,7 +176,13 @@ class Engine:
         if "GPU" in self.device:
             tf.test.experimental.sync_devices()
 
-    def _words(self, words) -> Words | None:
+    def _noise(self, micro: MicroBatch, step: int) -> Noise | None:
+        """What the dropout of one forward is made of."""
+        seed, rows = self.settings.seed, micro.rows
+        if self.settings.dropout_generator == "native":
+            return Native(tf.constant(native_seed(seed, step, rows)))
+        length = micro.inputs["tokens"].shape[1]
+        words = dropout_words(self.spec, seed, step, rows, length)
         if words is None:
             return None
         arrays = (
@@ -233,10 +237,13 @@ class Engine:
         return logits.numpy(), (caches, position + tokens.shape[1])
 
 
-def _compiles(precision: str) -> bool:
+def _compiles(settings: EngineSettings) -> bool:
     """Whether XLA compiles forward and backward: measured 1.1 to 1.3 times faster on 2 threads, and
-    slower on 1. Never a half precision, whose roundings XLA may drop."""
-    return precision == "fp32" and tf.config.threading.get_intra_op_parallelism_threads() > 1
+    slower on 1. Never a half precision, whose roundings XLA may drop, nor native dropout, for which
+    XLA's random numbers are others and take 15 times as long."""
+    if settings.precision != "fp32" or settings.dropout_generator == "native":
+        return False
+    return tf.config.threading.get_intra_op_parallelism_threads() > 1
 
 
 @tf.function(autograph=False)

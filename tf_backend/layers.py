@@ -54,6 +54,15 @@ class Words(NamedTuple):
     attention_columns: tf.Tensor | None
 
 
+class Native(NamedTuple):
+    """The framework's own dropout: `seed` (2,) int32 keys it, together with the site."""
+
+    seed: tf.Tensor
+
+
+Noise = Words | Native
+
+
 def keep_mask(rows: tf.Tensor, columns: tf.Tensor, rate: float) -> tf.Tensor:
     """The shared dropout mask: bool of shape rows.shape + columns.shape."""
     mixed = tf.bitwise.bitwise_xor(rows[..., None], columns) * MULTIPLIER
@@ -64,16 +73,23 @@ def _times_keep(x: tf.Tensor, keep: tf.Tensor, rate: float) -> tf.Tensor:
     return x * (tf.cast(keep, x.dtype) * (1 / (1 - rate)))
 
 
+def _site_seed(noise: Native, site: int, start: int = 0) -> tf.Tensor:
+    """`site`: not negative on the residual stream, -1 - i for the attention of layer i."""
+    return tf.add(noise.seed, [site, start])
+
+
 @scope("dropout")
-def dropout(x: tf.Tensor, words: Words | None, site: int, rate: float) -> tf.Tensor:
-    """Dropout on the residual stream, (B, L, D), at one site; the identity without words."""
-    if words is None or not rate:
+def dropout(x: tf.Tensor, noise: Noise | None, site: int, rate: float) -> tf.Tensor:
+    """Dropout on the residual stream, (B, L, D), at one site; the identity without noise."""
+    if noise is None or not rate:
         return x
-    keep = keep_mask(words.residual_rows[site], words.residual_columns[site], rate)
+    if isinstance(noise, Native):
+        return tf.nn.experimental.stateless_dropout(x, rate, _site_seed(noise, site))
+    keep = keep_mask(noise.residual_rows[site], noise.residual_columns[site], rate)
     return _times_keep(x, keep, rate)
 
 
-def _causal_attention(query, key, value, rows, columns, rate, heads, site):
+def _causal_attention(query, key, value, noise, rate, heads, site):
     """Causal attention of `ROW_BLOCK` query rows at a time, so that keys after a block are never
     touched, with probabilities kept for the backward. All (B H, L, K), L known when traced.
 
@@ -81,6 +97,9 @@ def _causal_attention(query, key, value, rows, columns, rate, heads, site):
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
     """
     length, width = query.shape[1:]
+    if isinstance(noise, Words):
+        rows = tf.reshape(noise.attention_rows[site], [-1, length])
+        columns = noise.attention_columns[site]
     blocks = [(start, min(start + ROW_BLOCK, length)) for start in range(0, length, ROW_BLOCK)]
     later = np.triu(np.full((length, length), -np.inf, query.dtype.as_numpy_dtype), 1)
 
@@ -94,8 +113,13 @@ def _causal_attention(query, key, value, rows, columns, rate, heads, site):
             probabilities = tf.nn.softmax(scores + later[start:end, :end])
             record_rows("attention.probabilities", probabilities, start, heads, site)
             dropped, keep = probabilities, None
-            if rows is not None:
+            if isinstance(noise, Native):
+                seed = _site_seed(noise, -1 - site, start)
+                shape = tf.shape(probabilities)
+                keep = tf.random.stateless_uniform(shape, seed) >= rate
+            elif noise is not None:
                 keep = keep_mask(rows[:, start:end], columns[:end], rate)
+            if keep is not None:
                 dropped = _times_keep(probabilities, keep, rate)
                 record_rows("attention.dropped", dropped, start, heads, site)
             outputs.append(tf.matmul(dropped, value[:, :end]))
@@ -128,25 +152,21 @@ def attention(
     query_BHLK: tf.Tensor,
     key_BHMK: tf.Tensor,
     value_BHMK: tf.Tensor,
-    words: Words | None,
+    noise: Noise | None,
     site: int,
     rate: float,
     half: tf.DType | None,
 ) -> tf.Tensor:
     """softmax(q k^T / sqrt(K)) v, causal: query i sees the keys up to M - L + i. (B, H, L, K).
 
-    Without words it is the fast form; with them the probabilities are dropped by the shared mask
-    of layer `site`.
+    With noise the probabilities are dropped by the mask of layer `site`. A half, and queries beside
+    a cache, take the plain form.
     """
     _, heads, length, width = query_BHLK.shape
-    dropping = words is not None and rate > 0
-    rows = words.attention_rows[site] if dropping else None
-    columns = words.attention_columns[site] if dropping else None
+    noise = noise if rate else None
     if half is None and length is not None and length == key_BHMK.shape[2]:
         flat = [tf.reshape(x, [-1, length, width]) for x in (query_BHLK, key_BHMK, value_BHMK)]
-        if dropping:
-            rows = tf.reshape(rows, [-1, length])
-        output = _causal_attention(*flat, rows, columns, rate, heads, site)
+        output = _causal_attention(*flat, noise, rate, heads, site)
         return tf.reshape(output, [-1, heads, length, width])
     keys_BHKM = tf.transpose(key_BHMK, [0, 1, 3, 2])
     scores_BHLM = full(product(query_BHLK, keys_BHKM, half)) / math.sqrt(width)
@@ -155,8 +175,13 @@ def attention(
     probabilities = tf.nn.softmax(tf.where(later, -math.inf, scores_BHLM))
     record_rows("attention.scores", scores_BHLM, 0, heads, site)
     record_rows("attention.probabilities", probabilities, 0, heads, site)
-    if dropping:
-        probabilities = _times_keep(probabilities, keep_mask(rows, columns, rate), rate)
+    if noise is not None:
+        if isinstance(noise, Native):
+            seed = _site_seed(noise, -1 - site)
+            probabilities = tf.nn.experimental.stateless_dropout(probabilities, rate, seed)
+        else:
+            keep = keep_mask(noise.attention_rows[site], noise.attention_columns[site], rate)
+            probabilities = _times_keep(probabilities, keep, rate)
         record_rows("attention.dropped", probabilities, 0, heads, site)
     return product(probabilities, value_BHMK, half)
 
@@ -194,7 +219,7 @@ class Embeddings(keras.layers.Layer):
             self.norm.build()
 
     def call(
-        self, tokens_BL: tf.Tensor, words: Words | None, start: tf.Tensor | int = 0
+        self, tokens_BL: tf.Tensor, noise: Noise | None, start: tf.Tensor | int = 0
     ) -> tf.Tensor:
         """`start` is the position of the first token."""
         x = _lookup(tf.convert_to_tensor(self.tokens), tokens_BL)
@@ -206,7 +231,7 @@ class Embeddings(keras.layers.Layer):
         if self.norm is not None:
             x = self.norm(x)
             record("embeddings.norm", x)
-        x = dropout(x, words, 0, self.spec.dropout)
+        x = dropout(x, noise, 0, self.spec.dropout)
         record("embeddings", x)
         return x
 
@@ -301,7 +326,7 @@ class Attention(keras.layers.Layer):
     def call(
         self,
         x: tf.Tensor,
-        words: Words | None,
+        noise: Noise | None,
         cache: tf.Variable | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
@@ -320,7 +345,7 @@ class Attention(keras.layers.Layer):
             cache[:, :, :, start : start + length].assign(new)
             key, value = tf.unstack(cast(cache[:, :, :, : start + length], self.half))
         rate = self.spec.attention_dropout
-        mixed = attention(query, key, value, words, self.site, rate, self.half)
+        mixed = attention(query, key, value, noise, self.site, rate, self.half)
         mixed = tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [batch, length, width])
         record("attention.mixed", mixed, self.site)
         output = self.output_linear(mixed)
@@ -378,7 +403,7 @@ class Block(keras.layers.Layer):
     def call(
         self,
         x: tf.Tensor,
-        words: Words | None,
+        noise: Noise | None,
         cache: tf.Variable | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
@@ -386,12 +411,12 @@ class Block(keras.layers.Layer):
         rate, site = self.spec.dropout, 1 + 2 * self.index
         pre = self.spec.norm_placement == "pre"
         branch = self._norm("attention", x) if pre else x
-        branch = self.attention(branch, words, cache, start=start)
-        x = x + dropout(full(branch), words, site, rate)
+        branch = self.attention(branch, noise, cache, start=start)
+        x = x + dropout(full(branch), noise, site, rate)
         record("attention.residual", x, self.index)
         x = x if pre else self._norm("attention", x)
         branch = self.feed_forward(self._norm("feed_forward", x) if pre else x)
-        x = x + dropout(full(branch), words, site + 1, rate)
+        x = x + dropout(full(branch), noise, site + 1, rate)
         record("feed_forward.residual", x, self.index)
         return x if pre else self._norm("feed_forward", x)
 

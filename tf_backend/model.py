@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from horovod_lm.spec import ModelSpec
-from tf_backend.layers import Block, Embeddings, LayerNorm, Words
+from tf_backend.layers import Block, Embeddings, LayerNorm, Noise
 from tf_backend.precision import FULL_TYPES, HALF_TYPES, full, linear
 from tf_backend.trace import record
 
@@ -37,16 +37,16 @@ class Transformer(keras.Model):
     def call(
         self,
         tokens_BL: tf.Tensor,
-        words: Words | None = None,
+        noise: Noise | None = None,
         caches: list[tf.Variable] | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
         """Hidden states (B, L, D), no half. `caches`, for each layer (2, B, H, context, K), and
         `start` are for decoding: the tokens' first position, with keys and values of earlier
         ones."""
-        x = self.embeddings(tokens_BL, words, start=start)
+        x = self.embeddings(tokens_BL, noise, start=start)
         for index, block in enumerate(self.decoder):
-            x = block(x, words, None if caches is None else caches[index], start=start)
+            x = block(x, noise, None if caches is None else caches[index], start=start)
         if self.norm is not None:
             x = self.norm(x)
             record("decoder.norm", x)

@@ -16,10 +16,10 @@ from horovod_lm.backend import (
     MicroBatch,
     Reduced,
 )
-from horovod_lm.randomness import dropout_words
+from horovod_lm.randomness import dropout_words, native_seed
 from horovod_lm.spec import ModelSpec
 from torch_backend.communicator import Communicator
-from torch_backend.layers import Words
+from torch_backend.layers import Native, Noise, Words
 from torch_backend.loss import head_loss
 from torch_backend.model import Transformer
 from torch_backend.optimizer import OPTIMIZERS, global_norm
@@ -56,8 +56,7 @@ class Engine:
         self._begin()
         self._loss_scale = loss_scale
         tokens = self._tensor(micro.inputs["tokens"])
-        words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
-        hidden = self.model(tokens, self._words(words))
+        hidden = self.model(tokens, self._noise(micro, step))
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, loss in enumerate(micro.losses):
             scaled, nll_sum = self._loss(hidden, loss, loss_scale * loss.factor / loss.normaliser)
@@ -116,9 +115,8 @@ class Engine:
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site."""
         tokens = self._tensor(micro.inputs["tokens"])
-        words = dropout_words(self.spec, self.settings.seed, step, micro.rows, tokens.shape[1])
         with tracing() as sites:
-            hidden = self.model(tokens, self._words(words))
+            hidden = self.model(tokens, self._noise(micro, step))
             scaled = [self._loss(hidden, s, s.factor / s.normaliser)[0] for s in micro.losses]
             record("loss", torch.stack(scaled).sum(0, keepdim=True))
         sites["logits"] = sites["logits"].reshape(*tokens.shape, -1)
@@ -173,7 +171,13 @@ class Engine:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def _words(self, words) -> Words | None:
+    def _noise(self, micro: MicroBatch, step: int) -> Noise | None:
+        """What the dropout of one forward is made of."""
+        seed, rows = self.settings.seed, micro.rows
+        if self.settings.dropout_generator == "native":
+            return Native(int(native_seed(seed, step, rows).view(np.int64)[0]))
+        length = micro.inputs["tokens"].shape[1]
+        words = dropout_words(self.spec, seed, step, rows, length)
         if words is None:
             return None
         arrays = (

@@ -34,6 +34,15 @@ class Words(NamedTuple):
     attention_columns: torch.Tensor | None
 
 
+class Native(NamedTuple):
+    """The framework's own dropout: `seed` starts its generator at the beginning of a forward."""
+
+    seed: int
+
+
+Noise = Words | Native
+
+
 def keep_mask(rows: torch.Tensor, columns: torch.Tensor, rate: float) -> torch.Tensor:
     """The shared dropout mask: bool of shape rows.shape + columns.shape."""
     mixed = rows[..., None] ^ columns
@@ -55,11 +64,13 @@ class _Dropout(torch.autograd.Function):
 
 
 @scope("dropout")
-def dropout(x: torch.Tensor, words: Words | None, site: int, rate: float) -> torch.Tensor:
-    """Dropout on the residual stream, (B, L, D), at one site; the identity without words."""
-    if words is None or not rate:
+def dropout(x: torch.Tensor, noise: Noise | None, site: int, rate: float) -> torch.Tensor:
+    """Dropout on the residual stream, (B, L, D), at one site; the identity without noise."""
+    if noise is None or not rate:
         return x
-    keep = keep_mask(words.residual_rows[site], words.residual_columns[site], rate)
+    if isinstance(noise, Native):
+        return F.dropout(x, rate)
+    keep = keep_mask(noise.residual_rows[site], noise.residual_columns[site], rate)
     return _Dropout.apply(x, keep, rate)
 
 
@@ -72,9 +83,12 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rows, columns, rate, heads, site):
+    def forward(ctx, query, key, value, noise, rate, heads, site):
         length, width = query.shape[1:]
         scale, boost = 1 / math.sqrt(width), 1 / (1 - rate)
+        if isinstance(noise, Words):
+            rows = noise.attention_rows[site].reshape(-1, length)
+            columns = noise.attention_columns[site]
         output = torch.empty_like(query)
         block = min(ROW_BLOCK, length)
         triangle = query.new_full((block, block), -math.inf).triu_(1)
@@ -87,9 +101,12 @@ class _CausalAttention(torch.autograd.Function):
             probabilities = torch.softmax(scores, -1)
             record_rows("attention.probabilities", probabilities, start, heads, site)
             dropped, keep = probabilities, None
-            if rows is not None:
+            if isinstance(noise, Native):
+                dropped, keep = torch.native_dropout(probabilities, rate, True)
+            elif noise is not None:
                 keep = keep_mask(rows[:, start:end], columns[:end], rate)
                 dropped = torch.ops.aten.native_dropout_backward(probabilities, keep, boost)
+            if keep is not None:
                 record_rows("attention.dropped", dropped, start, heads, site)
             torch.bmm(dropped, value[:, :end], out=output[:, start:end])
             saved.append((probabilities, keep))
@@ -118,7 +135,7 @@ class _CausalAttention(torch.autograd.Function):
             d_scores.sub_(inner_sum[:, start:end]).mul_(probabilities).mul_(ctx.scale)
             torch.bmm(d_scores, key[:, :end], out=d_query[:, start:end])
             d_key[:, :end].baddbmm_(d_scores.transpose(1, 2), query[:, start:end])
-        return d_query, d_key, d_value, *[None] * 5
+        return d_query, d_key, d_value, *[None] * 4
 
 
 @scope("attention")
@@ -126,25 +143,21 @@ def attention(
     query_BHLK: torch.Tensor,
     key_BHMK: torch.Tensor,
     value_BHMK: torch.Tensor,
-    words: Words | None,
+    noise: Noise | None,
     site: int,
     rate: float,
     half: torch.dtype | None,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v, causal: query i sees the keys up to M - L + i. (B, H, L, K).
 
-    Without words it is the fast form; with them the probabilities are dropped by the shared mask
-    of layer `site`.
+    With noise the probabilities are dropped by the mask of layer `site`. A half, and queries beside
+    a cache, take the plain form.
     """
     batch, heads, length, width = query_BHLK.shape
-    dropping = words is not None and rate > 0
-    rows = words.attention_rows[site] if dropping else None
-    columns = words.attention_columns[site] if dropping else None
+    noise = noise if rate else None
     if half is None and length == key_BHMK.shape[2]:
         flat = [x.reshape(batch * heads, length, width) for x in (query_BHLK, key_BHMK, value_BHMK)]
-        if dropping:
-            rows = rows.reshape(batch * heads, length)
-        output = _CausalAttention.apply(*flat, rows, columns, rate, heads, site)
+        output = _CausalAttention.apply(*flat, noise, rate, heads, site)
         return output.view_as(query_BHLK)
     scores_BHLM = full(product(query_BHLK, key_BHMK.transpose(2, 3), half)) / math.sqrt(width)
     later = torch.ones(scores_BHLM.shape[2:], dtype=torch.bool, device=scores_BHLM.device)
@@ -152,8 +165,12 @@ def attention(
     probabilities = torch.softmax(scores_BHLM.masked_fill(later, -math.inf), -1)
     record_rows("attention.scores", scores_BHLM, 0, heads, site)
     record_rows("attention.probabilities", probabilities, 0, heads, site)
-    if dropping:
-        probabilities = _Dropout.apply(probabilities, keep_mask(rows, columns, rate), rate)
+    if noise is not None:
+        if isinstance(noise, Native):
+            probabilities = F.dropout(probabilities, rate)
+        else:
+            keep = keep_mask(noise.attention_rows[site], noise.attention_columns[site], rate)
+            probabilities = _Dropout.apply(probabilities, keep, rate)
         record_rows("attention.dropped", probabilities, 0, heads, site)
     return product(probabilities, value_BHMK, half)
 
@@ -178,7 +195,7 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(spec, precision) if spec.norm_placement == "post" else None
 
     @scope("embeddings")
-    def forward(self, tokens_BL: torch.Tensor, words: Words | None, start: int = 0) -> torch.Tensor:
+    def forward(self, tokens_BL: torch.Tensor, noise: Noise | None, start: int = 0) -> torch.Tensor:
         """`start` is the position of the first token."""
         x = F.embedding(tokens_BL, self.tokens)
         if self.spec.embedding_scale != 1:
@@ -188,7 +205,7 @@ class Embeddings(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
             record("embeddings.norm", x)
-        x = dropout(x, words, 0, self.spec.dropout)
+        x = dropout(x, noise, 0, self.spec.dropout)
         record("embeddings", x)
         return x
 
@@ -240,7 +257,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        words: Words | None,
+        noise: Noise | None,
         cache: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
@@ -259,7 +276,7 @@ class Attention(nn.Module):
             cache[1, :, :, start : start + length] = value
             key, value = cast(cache[:, :, :, : start + length], self.half).unbind(0)
         rate = self.spec.attention_dropout
-        mixed = attention(query, key, value, words, self.site, rate, self.half)
+        mixed = attention(query, key, value, noise, self.site, rate, self.half)
         mixed = mixed.transpose(1, 2).reshape(batch, length, width)
         record("attention.mixed", mixed, self.site)
         output = self.output(mixed)
@@ -306,7 +323,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        words: Words | None,
+        noise: Noise | None,
         cache: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
@@ -314,12 +331,12 @@ class Block(nn.Module):
         rate, site = self.spec.dropout, 1 + 2 * self.index
         pre = self.spec.norm_placement == "pre"
         branch = self._norm("attention", x) if pre else x
-        branch = self.attention(branch, words, cache, start)
-        x = x + dropout(full(branch), words, site, rate)
+        branch = self.attention(branch, noise, cache, start)
+        x = x + dropout(full(branch), noise, site, rate)
         record("attention.residual", x, self.index)
         x = x if pre else self._norm("attention", x)
         branch = self.feed_forward(self._norm("feed_forward", x) if pre else x)
-        x = x + dropout(full(branch), words, site + 1, rate)
+        x = x + dropout(full(branch), noise, site + 1, rate)
         record("feed_forward.residual", x, self.index)
         return x if pre else self._norm("feed_forward", x)
 

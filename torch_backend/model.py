@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from horovod_lm.spec import ModelSpec
-from torch_backend.layers import Block, Embeddings, LayerNorm, Words
+from torch_backend.layers import Block, Embeddings, LayerNorm, Native, Noise
 from torch_backend.precision import FULL_TYPES, HALF_TYPES, full, product
 from torch_backend.trace import record
 
@@ -28,15 +28,17 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BL: torch.Tensor,
-        words: Words | None = None,
+        noise: Noise | None = None,
         caches: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
         """Hidden states (B, L, D), no half. `caches` (layers, 2, B, H, context, K) and `start` are
         for decoding: the tokens' first position, with keys and values of earlier ones."""
-        x = self.embeddings(tokens_BL, words, start)
+        if isinstance(noise, Native):
+            torch.manual_seed(noise.seed)
+        x = self.embeddings(tokens_BL, noise, start)
         for index, block in enumerate(self.decoder):
-            x = block(x, words, None if caches is None else caches[index], start)
+            x = block(x, noise, None if caches is None else caches[index], start)
         if self.norm is not None:
             x = self.norm(x)
             record("decoder.norm", x)

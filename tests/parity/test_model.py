@@ -59,7 +59,7 @@ def test_logits_agree_with_the_reference_and_each_other(pair):
 
 def test_the_step_that_xla_compiles_agrees_too(pair, reference, monkeypatch):
     loss, expected = reference
-    monkeypatch.setattr("tf_backend.engine._compiles", lambda precision: True)
+    monkeypatch.setattr("tf_backend.engine._compiles", lambda settings: True)
     engine = type(pair.tensorflow)(
         pair.spec, pair.settings, pair.tensorflow.communicator, pair.tensorflow.device
     )
