@@ -1,4 +1,4 @@
-"""The same run in two frameworks, in alternation, and a report of how they differ."""
+"""The same run in several variants, in alternation, and a report of how they differ."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 from rich.console import Console
 
 from horovod_lm.backend import backend_names
@@ -29,70 +31,190 @@ from horovod_lm.launch import (
     find_launcher,
     launch_command,
     launch_environment,
+    members,
     new_marker,
 )
-from horovod_lm.report.results import Comparison
-from horovod_lm.report.runs import WARM_UP, Follower, Slice, read_run
+from horovod_lm.report.results import SEED_MARGIN, Comparison
+from horovod_lm.report.runs import WARM_UP, Follower, Run, Slice, read_run
+from horovod_lm.report.schema import Unfinished
 from horovod_lm.report.terminal import Display, make_console, print_results
 from horovod_lm.run_folder import STATE
-from horovod_lm.variants import display_name
+from horovod_lm.statistics import LEAST_ROUNDS
+from horovod_lm.variants import Variant, display_name, display_names
 
-BACKENDS = ("torch", "tensorflow")
 REPORT = "report.json"
 # A sleeping job must not sleep so long that anything in it takes the others for dead.
 SLICE_SECONDS = 12.0
-MOST_ROUNDS, LEAST_ROUNDS, STEPS_OF_A_ROUND = 7, 3, 20
+MOST_ROUNDS, STEPS_OF_A_ROUND, LEAST_STEPS_OF_A_ROUND = 20, 20, 8
+PROFILED_STEPS = 3
 _POLL_SECONDS = 0.02
 
 
-def compare(config: Config, output: Path) -> int:
-    """Train `config` in both frameworks on `launch.ranks` ranks and write the report to `output`.
+@dataclass(frozen=True)
+class Options:
+    """How a comparison is made: `rounds` (None: by the length of the run) for each of `seeds`
+    seeds, whose final losses may lie `margin` nats apart; `profile`: of the last few steps;
+    `as_json`: the figures go to stdout, and all else to stderr."""
 
-    Returns 0, or 3 if fp32 loss curves differ by more than the margin. Raises `UserError` before
-    anything has started, `RunFailed` (with the failed run's exit code) or `Stopped`.
+    rounds: int | None = None
+    seeds: int = 1
+    margin: float = SEED_MARGIN
+    profile: bool = True
+    as_json: bool = False
+
+
+def compare(variants: Sequence[Variant], output: Path, options: Options) -> int:
+    """Train every variant, with every seed, and write the report to `output`.
+
+    Returns 0, or 3 if curves of what is meant to be the same differ by more than the margin, or
+    final losses are not equivalent. Raises `UserError` before anything has started, `RunFailed`
+    (with the failed run's exit code) or `Stopped`.
     """
     output = output.absolute()
-    check_installed(config)
-    check_unused(output)
-    console = make_console()
-    prepare(config)
-    warnings = [text for text in [cores_warning(config)] if text]
+    configs = [variant.config for variant in variants]
+    check_installed(configs)
+    check_unused(output, variants, options.seeds)
+    check_rounds(configs, options)
+    console = make_console(options.as_json)
+
+    def log(text: str) -> None:
+        console.print(text, markup=False)
+
+    for config in _of_other_data(configs):
+        prepare(config, log)
+    found = (cores_warning(config) for config in configs)
+    warnings = list(dict.fromkeys(text for text in found if text))
     for text in warnings:
-        console.print(f"warning: {text}", markup=False)
-    claim(output, config)
+        log(f"warning: {text}")
+    claim(output, variants, options.seeds)
     try:
-        slices = _Driver(config, output, console).run()
-        runs = read_run(output / BACKENDS[0]), read_run(output / BACKENDS[1])
-        comparison = Comparison(config, runs, slices, warnings, BACKENDS)
+        comparison = _run(variants, output, options, console, warnings)
         page = _write_report(comparison, output)
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         _mark(output, "stopped" if stopped else "failed", str(error) or type(error).__name__)
         raise
     print_results(comparison, console)
-    console.print(f"report: {page}", markup=False)
+    log(f"report: {page}")
+    if options.as_json:
+        sys.stdout.write((output / REPORT).read_text(encoding="utf-8"))
     return 3 if comparison.same is False else 0
 
 
-def check_installed(config: Config) -> None:
-    """Raise `UserError` unless the launcher, both frameworks and a Horovod for them are here. No
+def _run(
+    variants: Sequence[Variant],
+    output: Path,
+    options: Options,
+    console: Console,
+    warnings: Sequence[str],
+) -> Comparison:
+    """One seed after the other; within each, all variants in alternation."""
+    seeds: list[list[Run]] = []
+    slices: list[Slice] = []
+    starts: list[float] = []
+    before = time.time() - psutil.Process().create_time()
+    for number in range(options.seeds):
+        folder = seed_folder(output, number)
+        jobs = [_seeded(variant, number) for variant in variants]
+        if number == 0 and options.profile:
+            jobs = [_profiled(variant) for variant in jobs]
+        if options.seeds > 1:
+            console.print(f"seed {number + 1} of {options.seeds}", markup=False)
+        driver = _Driver(jobs, folder, console, options.rounds)
+        earlier = 1 + max((s.round for s in slices), default=-1)
+        slices += [replace(s, round=s.round + earlier, seed=number) for s in driver.run()]
+        starts = starts or driver.starts
+        seeds.append([read_run(folder / variant.label) for variant in variants])
+    return Comparison(
+        variants[0].config,
+        seeds[0],
+        slices,
+        warnings,
+        [variant.label for variant in variants],
+        seeds=seeds[1:],
+        margin=options.margin,
+        starts=starts,
+        before=before,
+    )
+
+
+def seed_folder(output: Path, number: int) -> Path:
+    """Where the runs of a seed lie: those of the config's own seed in the folder itself, those of
+    the second seed in `seed-2`, and so on."""
+    return output / f"seed-{number + 1}" if number else output
+
+
+def _seeded(variant: Variant, number: int) -> Variant:
+    """The variant with the config's seed + `number`."""
+    train = variant.config.train
+    train = train.model_copy(update={"seed": train.seed + number})
+    return replace(variant, config=variant.config.model_copy(update={"train": train}))
+
+
+def _profiled(variant: Variant) -> Variant:
+    """The variant with a profile of its last steps, if it has enough of them and the config names
+    no others."""
+    steps, output = variant.config.train.steps, variant.config.output
+    if "profile" not in type(output).model_fields:
+        return variant
+    if _is_profiled(variant.config) or steps <= WARM_UP + PROFILED_STEPS:
+        return variant
+    span = f"{steps - PROFILED_STEPS + 1}:{steps}"
+    output = output.model_copy(update={"profile": span})
+    return replace(variant, config=variant.config.model_copy(update={"output": output}))
+
+
+def _is_profiled(config: Config) -> bool:
+    return getattr(config.output, "profile", None) is not None
+
+
+def _of_other_data(configs: Sequence[Config]) -> list[Config]:
+    """Those configs whose data has not been prepared, or checked, for one before them."""
+    return list({(c.data, c.model.context): c for c in reversed(configs)}.values())[::-1]
+
+
+def check_installed(configs: Sequence[Config]) -> None:
+    """Raise `UserError` unless every launcher, framework and a Horovod for it are here. No
     framework is imported."""
-    find_launcher(config.launch.launcher)
-    for backend in BACKENDS:
+    for launcher in dict.fromkeys(config.launch.launcher for config in configs):
+        find_launcher(launcher)
+    for backend in dict.fromkeys(config.launch.backend for config in configs):
         if backend not in backend_names():
-            raise UserError(f"backend {backend} is not installed; pip install horovod_lm")
-        if find_spec(backend) is None:
+            if backend in ("torch", "tensorflow"):
+                raise UserError(f"backend {backend} is not installed; pip install horovod_lm")
             raise UserError(
-                f"compare needs both frameworks, and {backend} is missing; "
+                f'launch.backend = "{backend}" is not a backend; installed are: '
+                f"{', '.join(backend_names())}"
+            )
+        if backend in ("torch", "tensorflow") and find_spec(backend) is None:
+            raise UserError(
+                f"this comparison needs {display_name(backend)}, and {backend} is missing; "
                 f"pip install 'horovod_lm[{backend}]'"
             )
         require_horovod(backend)
 
 
-def check_unused(output: Path) -> None:
-    """Raise `UserError` if a run or a comparison is in the folder. One that failed before either
-    run began is none."""
-    used = any((output / name / STATE).exists() for name in (*BACKENDS, "."))
+def check_rounds(configs: Sequence[Config], options: Options) -> None:
+    """Raise `UserError` if the runs are too short for so many rounds."""
+    steps = min(config.train.steps for config in configs)
+    most = _left(steps, options.profile) // LEAST_STEPS_OF_A_ROUND
+    if options.rounds is not None and options.rounds > most:
+        raise UserError(
+            f"--rounds {options.rounds}: of train.steps = {steps}, {WARM_UP} are warm-up, and a "
+            f"round takes {LEAST_STEPS_OF_A_ROUND}; give at most {most}, or more steps"
+        )
+
+
+def _left(steps: int, profile: bool) -> int:
+    """Steps whose speed may count."""
+    return max(0, steps - WARM_UP - (PROFILED_STEPS if profile else 0))
+
+
+def check_unused(output: Path, variants: Sequence[Variant], seeds: int) -> None:
+    """Raise `UserError` if a run or a comparison is in the folder. One that failed before any run
+    began is none."""
+    folders = [output, *_run_folders(output, variants, seeds)]
+    used = any((folder / STATE).exists() for folder in folders)
     if (output / REPORT).exists():
         report = json.loads((output / REPORT).read_text(encoding="utf-8"))
         used = used or report["state"] in ("running", "finished")
@@ -102,12 +224,17 @@ def check_unused(output: Path) -> None:
         )
 
 
-def claim(output: Path, config: Config) -> None:
+def _run_folders(output: Path, variants: Sequence[Variant], seeds: int) -> list[Path]:
+    return [seed_folder(output, n) / variant.label for n in range(seeds) for variant in variants]
+
+
+def claim(output: Path, variants: Sequence[Variant], seeds: int) -> None:
     """Make the folder of a comparison, which no other may then use. Raises `UserError`."""
-    check_unused(output)
+    check_unused(output, variants, seeds)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        for folder in _run_folders(output, variants, seeds):
+            folder.mkdir(parents=True, exist_ok=True)
+        (output / "config.toml").write_text(to_toml(variants[0].config), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"output.folder = {output} can't be written: {error.strerror}; give another --output"
@@ -115,11 +242,11 @@ def claim(output: Path, config: Config) -> None:
     _mark(output, "running", "")
 
 
-def _mark(output: Path, state: str, message: str) -> None:
+def _mark(output: Path, state: Literal["running", "failed", "stopped"], message: str) -> None:
     """Say in `report.json` that what lies in the folder is not whole."""
-    values = {"schema": 1, "state": state, "message": message}
+    text = Unfinished(state=state, message=message).model_dump_json(indent=1, by_alias=True)
     with suppress(OSError):  # a full disk is what may have brought us here
-        (output / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        (output / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
 def _write_report(comparison: Comparison, output: Path) -> Path:
@@ -132,40 +259,46 @@ def _write_report(comparison: Comparison, output: Path) -> Path:
         (output / REPORT).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFailed(
-            f"both runs are finished, but the report can't be written to {output}: {error.strerror}"
+            f"all runs are finished, but the report can't be written to {output}: {error.strerror}"
         ) from None
     return page
 
 
 class _Driver:
-    """Both jobs, of which one at a time is awake.
+    """The jobs of all variants with one seed, of which one at a time is awake.
 
     A stopped process (SIGSTOP) costs nothing and does not poll, so each has the machine for itself
-    in its slices, and both pass through the same minutes of a machine whose speed drifts.
+    in its slices, and all pass through the same minutes of a machine whose speed drifts.
     """
 
-    def __init__(self, config: Config, output: Path, console: Console) -> None:
-        self._config, self._output = config, output
-        self._names = [display_name(backend) for backend in BACKENDS]
+    def __init__(
+        self, variants: Sequence[Variant], folder: Path, console: Console, rounds: int | None
+    ) -> None:
+        self._variants, self._folder, self._rounds = variants, folder, rounds
+        self._configs = [variant.config for variant in variants]
+        self._names = display_names(self._configs)
         self._marker = new_marker()
         self._jobs = [
-            Job(name, f"{self._marker}/{backend}", elsewhere=config.launch.hosts is not None)
-            for name, backend in zip(self._names, BACKENDS, strict=True)
+            Job(name, f"{self._marker}/{variant.label}", elsewhere=config.launch.hosts is not None)
+            for name, variant, config in zip(self._names, variants, self._configs, strict=True)
         ]
-        self._followers = [Follower(output / b / "metrics.jsonl") for b in BACKENDS]
+        self._followers = [Follower(folder / v.label / "metrics.jsonl") for v in variants]
         self._slices: list[Slice] = []
-        self._display = Display(self._names, config.train.steps, console)
+        self._display = Display(self._names, [c.train.steps for c in self._configs], console)
         self._signal: int | None = None
+        self.starts: list[float] = []
 
     def run(self) -> list[Slice]:
-        """Both runs from start to end; returns the slices. Leaves no process behind."""
+        """All runs from start to end; returns the slices. Leaves no process behind."""
         guard = Guard(self._marker)
         try:
             with self._listening(), self._display:
                 try:
-                    for which in (0, 1):
+                    for which in range(len(self._jobs)):
                         self._start(which)
                     self._alternate()
+                    for which in range(len(self._jobs)):
+                        self._finish(which)
                 finally:
                     for job in self._jobs:
                         job.stop()
@@ -175,51 +308,80 @@ class _Driver:
 
     def _start(self, which: int) -> None:
         """Start a job and put it to sleep after its warm-up."""
-        backend, launch = BACKENDS[which], self._config.launch
-        arguments = [sys.executable, "-m", "horovod_lm", "train", str(self._output / "config.toml")]
-        arguments += ["--backend", backend, "--output", str(self._output / backend)]
-        settings = rank_environment(self._config, launch.threads)
-        job = self._jobs[which]
+        config, folder = self._configs[which], self._folder / self._variants[which].label
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        arguments = [sys.executable, "-m", "horovod_lm", "train", str(folder / "config.toml")]
+        arguments += ["--output", str(folder)]
+        settings = rank_environment(config, config.launch.threads)
+        job, follower = self._jobs[which], self._followers[which]
+        begin = time.time()
         job.start(
-            launch_command(self._config, arguments, [*settings, MARKER]),
+            launch_command(config, arguments, [*settings, MARKER]),
             launch_environment(settings, job.marker),
-            self._output / f"{backend}.log",
+            self._log(which),
         )
-        ranks = f"{launch.ranks} rank" + ("" if launch.ranks == 1 else "s")
-        self._display.say(f"{self._names[which]}: starting {ranks} with {launch.launcher}")
-        begin = time.monotonic()
-        self._advance(which, min(WARM_UP, self._config.train.steps), "starting")
-        seconds = time.monotonic() - begin
-        self._display.turn(which, self._followers[which], f"started in {seconds:.1f} s")
+        ranks = f"{config.launch.ranks} rank" + ("" if config.launch.ranks == 1 else "s")
+        self._display.say(f"{self._names[which]}: starting {ranks} with {config.launch.launcher}")
+        self._advance(which, min(WARM_UP, config.train.steps), "starting")
+        self.starts.append(follower.steps[0]["time"] - begin)
+        state = f"first step after {self.starts[-1]:.1f} s"
+        self._display.turn(which, follower, state)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """All jobs are alive at the same time: say so before the memory runs out."""
+        here = [c.launch.ranks for c in self._configs if not c.launch.hosts]
+        started, left = sum(here[: len(self.starts)]), sum(here[len(self.starts) :])
+        if not started or not left:
+            return
+        used = sum(_own_memory(process) for process in members(self._marker))
+        free = psutil.virtual_memory().available
+        if used / started * left > free:
+            raise RunFailed(
+                f"the {left} ranks that are still to start need about "
+                f"{used / started * left / 2**30:.1f} GiB of memory, and only "
+                f"{free / 2**30:.1f} GiB are free; compare fewer variants or ranks at a time, or a "
+                f"smaller model"
+            )
 
     def _alternate(self) -> None:
-        """Give the rest of the steps to both in turns, in the same number of slices."""
-        steps = self._config.train.steps
+        """Give all the steps that count to all in turns, in the same number of slices."""
         rounds, slices_of_a_round = self._plan()
         count = rounds * slices_of_a_round
+        order = range(len(self._jobs))
         for number in range(count):
-            target = WARM_UP + (steps - WARM_UP) * (number + 1) // count
-            # First and second take turns at going first, so that a steady drift favours neither.
-            for which in (0, 1) if number % 2 == 0 else (1, 0):
+            # They take turns at going first, so that a steady drift favours none.
+            for which in order if number % 2 == 0 else reversed(order):
+                config = self._configs[which]
+                left = _left(config.train.steps, _is_profiled(config))
+                target = WARM_UP + left * (number + 1) // count
                 round_ = number // slices_of_a_round
                 state = f"round {round_ + 1} of {rounds}"
                 begin = time.time()
-                last = number == count - 1
-                self._advance(which, None if last else target, state)
-                self._slices.append(Slice(round_, BACKENDS[which], begin, time.time()))
-                state = "finished" if last else f"asleep after {state}"
-                self._display.turn(which, self._followers[which], state)
+                self._advance(which, target, state)
+                label = self._variants[which].label
+                self._slices.append(Slice(round_, label, begin, time.time()))
+                self._display.turn(which, self._followers[which], f"asleep after {state}")
+
+    def _finish(self, which: int) -> None:
+        """Let a job go on to its end: the steps that are profiled, the evaluation."""
+        if self._jobs[which].poll() is None:
+            self._advance(which, None, "finishing")
+        else:
+            self._ended(which)
+        self._display.turn(which, self._followers[which], "finished")
 
     def _plan(self) -> tuple[int, int]:
-        """Rounds, and slices of each backend in a round, from the speed of the first steps."""
-        left = self._config.train.steps - WARM_UP
-        if left < LEAST_ROUNDS:
-            return 1, 1
+        """Rounds, and slices of each run in a round, from the speed of the first steps."""
+        left = min(_left(c.train.steps, _is_profiled(c)) for c in self._configs)
+        if left == 0:
+            return 0, 0
+        short = min(LEAST_ROUNDS, left // LEAST_STEPS_OF_A_ROUND)
+        rounds = self._rounds or max(1, short, min(MOST_ROUNDS, left // STEPS_OF_A_ROUND))
         slowest = max(
             statistics.median(row["seconds"] for row in follower.steps[-5:])
             for follower in self._followers
         )
-        rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, left // STEPS_OF_A_ROUND))
         return rounds, max(1, round(left * slowest / rounds / SLICE_SECONDS))
 
     def _advance(self, which: int, target: int | None, state: str) -> None:
@@ -242,18 +404,21 @@ class _Driver:
 
     def _ended(self, which: int) -> None:
         """A job has ended: raise unless its run is finished."""
-        job, log = self._jobs[which], self._output / f"{BACKENDS[which]}.log"
+        job, log = self._jobs[which], self._log(which)
         code = job.exit_code
-        if code == 0 and self._followers[which].step == self._config.train.steps:
+        if code == 0 and self._followers[which].step == self._configs[which].train.steps:
             return
         shown = "\n".join(f"  {line}" for line in job.tail())
         error = RunFailed(f"{job.name}'s run failed: {job.why()}. The end of {log}:\n{shown}")
         error.exit_code = code or 1
         raise error
 
+    def _log(self, which: int) -> Path:
+        return self._folder / f"{self._variants[which].label}.log"
+
     def _stopped(self) -> HorovodLmError:
         code = 130 if self._signal == signal.SIGINT else 75
-        return Stopped(f"stopped by a signal; what there is lies in {self._output}", code)
+        return Stopped(f"stopped by a signal; what there is lies in {self._folder}", code)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -273,3 +438,11 @@ class _Driver:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _own_memory(process: psutil.Process) -> int:
+    """Bytes of a process that it shares with no other."""
+    try:
+        return int(process.memory_full_info().uss)
+    except (psutil.Error, OSError):  # it has ended
+        return 0

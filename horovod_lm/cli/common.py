@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,10 @@ def load(
     ranks: int | None = None,
     launcher: str | None = None,
     output: Path | None = None,
+    last: Sequence[str] = (),
 ) -> Config:
-    """The config at `path` with `--set` and then the flags applied. Raises `UserError`."""
+    """The config at `path` with `--set`, the flags and then `last`, more `key=value`, applied.
+    Raises `UserError`."""
     from horovod_lm.config import load_config
 
     flags = {
@@ -93,7 +95,7 @@ def load(
     }
     # JSON writes strings and numbers as TOML reads them.
     named = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    return load_config(path, [*overrides, *named])
+    return load_config(path, [*overrides, *named, *last])
 
 
 def folder_of(config: Config) -> Path | None:

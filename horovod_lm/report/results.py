@@ -37,7 +37,7 @@ class Comparison:
     `slices` are the times in which each was awake; none for runs of other days, whose speeds can't
     be compared. `seeds` has the runs of further seeds, each in the order of `runs`; `margin` is
     that of their final losses, in nats. `starts` are the seconds from a job's start to its first
-    finished step, by run.
+    finished step, by run, and `before` those from the command's start to the first job's.
     """
 
     def __init__(
@@ -51,9 +51,11 @@ class Comparison:
         seeds: Sequence[Sequence[Run]] = (),
         margin: float = SEED_MARGIN,
         starts: Sequence[float] = (),
+        before: float = 0.0,
     ) -> None:
         self.config, self.runs, self.slices = config, list(runs), list(slices)
         self.warnings, self.margin, self.starts = list(warnings), margin, list(starts)
+        self.before = before
         self.labels = [run.folder.name for run in runs] if labels is None else list(labels)
         self.seeds = [self.runs, *(list(others) for others in seeds)]
         self.names = _distinct(display_names([run.config for run in runs]), self.labels)
@@ -186,6 +188,12 @@ class Comparison:
         every = range(len(self.runs))
         found = [i for i in every if all(self.outpaces(i, j) for j in every if j != i)]
         return found[0] if found and len(self.runs) > 1 else None
+
+    @property
+    def together(self) -> float | None:
+        """Seconds from the command to the first step of all runs, were they started one after the
+        other with nothing between."""
+        return self.before + sum(self.starts) if self.starts else None
 
     @cached_property
     def parts(self) -> list[dict[str, float] | None]:

@@ -138,6 +138,9 @@ class Report(_Figures):
     faster: str | None = Field(description="the variant that is faster than every other")
     baseline: str = Field(description="the variant that the others are compared with")
     seeds: int = Field(description="runs of each variant")
+    seconds_to_first_steps: float | None = Field(
+        description="from the command to the first step of all variants, one after the other"
+    )
     margins: Margins
     variants: list[VariantFigures]
     rounds: list[RoundFigures]
@@ -167,6 +170,7 @@ def make_report(comparison: Comparison) -> Report:
         faster=None if faster is None else labels[faster],
         baseline=labels[0],
         seeds=len(comparison.seeds),
+        seconds_to_first_steps=comparison.together,
         margins=Margins(curves=MARGIN, curve_steps=MARGIN_STEPS, final_loss=comparison.margin),
         variants=[_variant(comparison, which) for which in every],
         rounds=[

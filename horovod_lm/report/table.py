@@ -152,7 +152,9 @@ def _cost_lines(comparison: Comparison) -> list[Line]:
         lines.append(Line(words, values, _ratios(values)))
     first = _all(comparison, lambda run: run.record.get("first_step_seconds"))
     if comparison.starts:
-        lines.append(Line("start to the first step, s", tuple(comparison.starts)))
+        together = (f"{digits(comparison.together or 0)} s together",)
+        texts = together if len(comparison.runs) == 2 else ()
+        lines.append(Line("start to the first step, s", tuple(comparison.starts), texts))
         lines.append(Line("  first step, with compilation, s", first))
     else:
         lines.append(Line("first step, with compilation, s", first))

@@ -25,7 +25,7 @@ _MOST_COLUMNS = 4  # of runs; more of them are rows
 class Display(AbstractContextManager["Display"]):
     """The progress of runs: a bar for each on a terminal, a line for each turn in a log."""
 
-    def __init__(self, names: Sequence[str], steps: int, console: Console) -> None:
+    def __init__(self, names: Sequence[str], steps: Sequence[int], console: Console) -> None:
         self.console = console
         self._names, self._steps = names, steps
         self._bars: Progress | None = None
@@ -38,7 +38,10 @@ class Display(AbstractContextManager["Display"]):
                 console=self.console,
                 refresh_per_second=2,  # the ranks need the cores
             )
-            self._tasks = [self._bars.add_task("", total=steps, name=name) for name in names]
+            self._tasks = [
+                self._bars.add_task("", total=total, name=name)
+                for name, total in zip(names, steps, strict=True)
+            ]
 
     def __enter__(self) -> Display:
         if self._bars:
@@ -64,14 +67,14 @@ class Display(AbstractContextManager["Display"]):
         self.progress(which, follower, state)
         if not self._bars:
             name = self._names[which].ljust(max(map(len, self._names)))
-            where = f"step {follower.step}/{self._steps}"
+            where = f"step {follower.step}/{self._steps[which]}"
             self.say(f"{name}  {where}  {_figures(follower)}  {state}")
 
 
-def make_console() -> Console:
-    """Of the terminal's width; a log is as wide as the table."""
-    wide = None if sys.stdout.isatty() else WIDTH
-    return Console(highlight=False, soft_wrap=True, width=wide)
+def make_console(stderr: bool = False) -> Console:
+    """Of the terminal's width; a log is as wide as the table. `stderr` leaves stdout alone."""
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH
+    return Console(highlight=False, soft_wrap=True, width=wide, stderr=stderr)
 
 
 def _figures(follower: Follower) -> str:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from horovod_lm.launch import MARKER
+from horovod_lm.report.schema import Report
 from tests.ranks.jobs import needs_horovod
 
 pytestmark = needs_horovod
@@ -102,17 +103,22 @@ def read_until(driver, text):
 def test_both_backends_train_the_same_model_and_the_report_says_so(config, tmp_path):
     output = tmp_path / "out"
     driver = start(config, output)
-    text, _ = driver.communicate(timeout=120)
+    text, _ = driver.communicate(timeout=240)
     assert driver.returncode == 0, text
     assert processes_of(driver) == []
     assert "The two backends train the same model" in text
     assert text.rstrip().endswith(f"report: {output / 'report.html'}")
     report = json.loads((output / "report.json").read_text())
     assert report["state"] == "finished" and report["same"] is True
-    assert len(report["rounds"]) >= 3
-    for backend in ("torch", "tensorflow"):
-        assert report["runs"][backend]["state"] == "finished"
-        assert report["runs"][backend]["ranks"] == 2
+    Report.model_validate(report)
+    assert len(report["rounds"]) >= 6 and report["seeds"] == 1
+    assert [variant["label"] for variant in report["variants"]] == ["torch", "tensorflow"]
+    for variant in report["variants"]:
+        assert variant["run"]["state"] == "finished" and variant["run"]["ranks"] == 2
+        assert variant["backend"] == variant["label"]
+        assert 0 < variant["first_step_seconds"] < variant["seconds_to_first_step"]
+    started = [variant["seconds_to_first_step"] for variant in report["variants"]]
+    assert report["seconds_to_first_steps"] > sum(started)
     turns = sorted((s["begin"], s["end"]) for s in report["slices"])
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(turns)), "turns overlap"
     again = start(config, output)
