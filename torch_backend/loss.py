@@ -43,15 +43,15 @@ class _HeadLoss(torch.autograd.Function):
                     d_kernel.addmm_(hidden[rows].t(), z)
                 else:
                     d_kernel += product(hidden[rows].t(), z, half)
-        if need:
-            ctx.save_for_backward(d_hidden, d_kernel)
+        ctx.gradients = d_hidden, d_kernel
         ctx.mark_non_differentiable(nll_sum := sums[0].clone())
         return sums[1].clone(), nll_sum
 
     @staticmethod
     def backward(ctx, gradient, _):
-        d_hidden, d_kernel = ctx.saved_tensors
-        return d_hidden * gradient, d_kernel * gradient, None, None, None, None, None
+        # In place: they are this function's own, and nobody asks for them twice.
+        d_hidden, d_kernel = (x.mul_(gradient) for x in ctx.gradients)
+        return d_hidden, d_kernel, None, None, None, None, None
 
 
 @scope("loss")
