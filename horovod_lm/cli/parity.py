@@ -89,6 +89,8 @@ def _write(path: Path, text: str) -> None:
 def _print(result: Result) -> None:
     """A table for activations, gradients and updates each, with a line for each layer, and the
     verdict below them: the last thing that is read."""
+    from textwrap import fill
+
     from horovod_lm.cli.table import WIDTH, show
     from horovod_lm.parity.result import KINDS
 
@@ -117,7 +119,7 @@ def _print(result: Result) -> None:
     if result.referee is not None:
         click.echo(f"{one}, {other}: to the fp64 result of {result.referee}. in fp64: both there.")
     for sentence in result.verdict:
-        click.echo(sentence)
+        click.echo(fill(sentence, WIDTH, break_on_hyphens=False))
 
 
 def _row(layer: str, found: list[Place], result: Result) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from horovod_lm import environment
 from horovod_lm.backend import (
     Backend,
+    Communicator,
     Engine,
     EngineState,
     MicroBatch,
@@ -85,18 +86,20 @@ def parity(
     precision = precision or config.train.precision
     left_out: list[str] = []
     config = without_native_dropout(config, left_out)
-    backends: dict[str, Backend] = {}
-    # torch comes first in a process of both; a user's own backend may be made of either.
+    backends: dict[str, tuple[Backend, Communicator]] = {}
+    # torch comes first in a process of both; a user's own backend may be made of either. Both
+    # Horovods share one MPI, which ends with the one that started first, at exit the last to go.
     for name in sorted(pair, key=lambda n: {"torch": 0, "tensorflow": 2}.get(n, 1)):
         log(f"loading {name}")
-        backends[name] = load_backend(name, threads)
-    engines = make_engines(config, [(n, backends[n]) for n in pair], precision, left_out)
+        backend = load_backend(name, threads)
+        backends[name] = backend, backend.communicator()
+    engines = make_engines(config, {name: backends[name] for name in pair}, precision, left_out)
     comparison = Comparison(config, pair, engines, precision, left_out)
     micros = batch(config, prepared, rows)
     places = comparison.run(micros, log)
     setting = {
         "config": config.name,
-        "versions": {name: backend.versions() for name, backend in backends.items()},
+        "versions": {name: backends[name][0].versions() for name in pair},
         "threads": threads,
         "seed": config.train.seed,
         "rows": rows,
@@ -126,24 +129,19 @@ def without_native_dropout(config: Config, left_out: list[str]) -> Config:
 
 def make_engines(
     config: Config,
-    backends: Sequence[tuple[str, Backend]],
+    backends: Mapping[str, tuple[Backend, Communicator]],
     precision: Precision,
     left_out: list[str],
 ) -> list[Engine | None]:
     """The engines of both backends in `precision`, which must be there; then, unless that is fp64,
     both in fp64, or None where a backend refuses it."""
-    communicators = [backend.communicator() for _, backend in backends]
-    parts = [
-        (name, backend, communicator)
-        for (name, backend), communicator in zip(backends, communicators, strict=True)
-    ]
     engines: list[Engine | None] = [
         make_engine(config, CausalLM(), backend, communicator, precision)
-        for _, backend, communicator in parts
+        for backend, communicator in backends.values()
     ]
     if precision == "fp64":
         return engines
-    for name, backend, communicator in parts:
+    for name, (backend, communicator) in backends.items():
         try:
             engines.append(make_engine(config, CausalLM(), backend, communicator, "fp64"))
         except UserError as error:
@@ -341,7 +339,7 @@ class Comparison:
             if not hasattr(engine, method)
         ]
         if lacking:
-            self.left_out.append(f"{what}: {' and '.join(lacking)} has no Engine.{method}")
+            self.left_out.append(f"{what}: no Engine.{method} in {' and '.join(lacking)}")
         return not lacking
 
     def _add(

@@ -229,14 +229,19 @@ def install(mutation: Mutation, folder: Path) -> str:
     return f"{mutation.entry} = {package.name}.backend:Backend"
 
 
+def write_text(folder: Path) -> None:
+    """The text that CONFIG names."""
+    words = ("the", "river", "runs", "past", "a", "mill", "and", "under", "old", "bridges")
+    lines = (" ".join(words[(i * j) % 10] for j in range(1, 20)) for i in range(1, 100))
+    (folder / "text.txt").write_text("\n".join(lines))
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """A function: what parity says of all copies of one package, by mutation."""
     folder = tmp_path_factory.mktemp("mutations")
     (folder / "config.toml").write_text(CONFIG)
-    words = ("the", "river", "runs", "past", "a", "mill", "and", "under", "old", "bridges")
-    lines = (" ".join(words[(i * j) % 10] for j in range(1, 20)) for i in range(1, 100))
-    (folder / "text.txt").write_text("\n".join(lines))
+    write_text(folder)
     everything = MUTATIONS + CONTROLS
     metadata = folder / "mutated_backends-1.0.dist-info"
     metadata.mkdir()

@@ -374,8 +374,8 @@ def test_what_a_backend_lacks_is_left_out_and_said(compared):
         ("gradient", ""),
     }
     assert list(result.left_out) == [
-        "activations: two has no Engine.trace",
-        "updates: two has no Engine.load_gradients",
+        "activations: no Engine.trace in two",
+        "updates: no Engine.load_gradients in two",
     ]
 
 
