@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -102,9 +104,9 @@ class EngineState:
 
 
 class Communicator(Protocol):
-    """The only way in which neutral code speaks to other ranks. All calls but `shutdown` are
-    collective: every rank makes them in the same order. Each raises `CollectiveFailed`
-    if another rank has ended or the job has stalled."""
+    """The only way in which neutral code speaks to other ranks. All calls but `shutdown` and the
+    timeline's are collective: every rank makes them in the same order. Each raises
+    `CollectiveFailed` if another rank has ended or the job has stalled."""
 
     rank: int
     size: int
@@ -122,6 +124,13 @@ class Communicator(Protocol):
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
+
+    def start_timeline(self, path: str) -> None:
+        """Have rank 0 write Horovod's timeline to `path` from now on; HOROVOD_TIMELINE was
+        "DYNAMIC" when Horovod started."""
+
+    def stop_timeline(self) -> None:
+        """End the timeline; its file is whole a moment later."""
 
     def shutdown(self) -> None:
         """Leave the job in good order."""
@@ -201,6 +210,10 @@ class Backend(Protocol):
     ) -> Engine:
         """A model with zero weights: give it a state next. Raises `UserError` for what this
         backend does not support."""
+
+    def profile(self, path: Path) -> AbstractContextManager[None]:
+        """Record what this process does inside with the framework's own profiler, and write it to
+        `path` as a `horovod_lm.profiles.Trace`. A user's own backend may lack it."""
 
     def bench(self) -> BenchTools:
         """What `horovod-lm bench` needs of the framework. A user's own backend may lack it."""

@@ -153,6 +153,9 @@ class Checkpoints(_Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
 
 
+MOST_PROFILED = 50  # steps; viewers can't open much more
+
+
 class Output(_Section):
     """`[output]`: where a run goes. Outside the run's digest."""
 
@@ -162,6 +165,17 @@ class Output(_Section):
     weights_every: int = Field(
         20, ge=0, description="steps between sketches of the weights, for the report; 0: none"
     )
+    profile: str | None = Field(
+        None,
+        pattern=r"^\d{1,10}:\d{1,10}$",
+        description="FIRST:LAST, the steps that are profiled and traced; default: none",
+    )
+
+    @property
+    def profiled(self) -> range:
+        """The steps, from 1, that are profiled."""
+        first, last = map(int, (self.profile or "1:0").split(":"))
+        return range(first, last + 1)
 
 
 class Launch(_Section):
@@ -214,6 +228,20 @@ class Config(_Section):
                 f"{wanted}; set data.vocabulary alone"
             )
         return {**values, "model": {**model, "vocabulary": wanted}}
+
+    @model_validator(mode="after")
+    def _profiled_in_the_run(self) -> Config:
+        steps = self.output.profiled
+        if not steps and self.output.profile is None:
+            return self
+        first, last, most = steps.start, steps.stop - 1, self.train.steps
+        if not (2 <= first <= last <= most) or len(steps) > MOST_PROFILED:
+            raise ValueError(
+                f"output.profile = {self.output.profile} must be FIRST:LAST of at most "
+                f"{MOST_PROFILED} steps, from the second (the first one compiles) to train.steps = "
+                f"{most}, as in {max(2, most - 3)}:{max(2, most - 1)}"
+            )
+        return self
 
     @property
     def identity(self) -> dict[str, Any]:

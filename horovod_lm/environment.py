@@ -40,6 +40,9 @@ def rank_environment(config: Config, threads: int | None = None) -> dict[str, st
         "TF_CPP_MIN_LOG_LEVEL": "2",
         **_ALLOCATOR,
     }
+    if config.output.profile is not None:
+        # The timeline can then be started at a step; torch's profiler doesn't speak of itself.
+        values |= {"HOROVOD_TIMELINE": "DYNAMIC", "KINETO_LOG_LEVEL": "6"}
     if threads is not None:
         values |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return values

@@ -33,7 +33,8 @@ class Clock:
     """Times the parts of a step, in seconds; `other` is what is left of the whole.
 
     A step lasts from the end of the one before it; what `pause` covers (evaluation, checkpoints)
-    is no part of any step.
+    is no part of any step. `span`, in ns since the Unix epoch, is without what hooks do between
+    two steps.
     """
 
     def __init__(self, synchronise: Callable[[], None]) -> None:
@@ -41,11 +42,13 @@ class Clock:
         self._start = self._mark = time.perf_counter()
         self._paused = 0.0
         self.parts: dict[str, float] | None = None
+        self.span = (0, 0)
 
     def begin(self, timed: bool) -> None:
         """A step begins; `timed`: its parts are measured, with synchronisation."""
         self.parts = {} if timed else None
         self._mark = time.perf_counter()
+        self.span = (time.time_ns(), 0)
 
     def part(self, name: str) -> None:
         """What was done since the last call belongs to `name`."""
@@ -58,6 +61,7 @@ class Clock:
     def end(self) -> float:
         """The step ends: its seconds."""
         now = time.perf_counter()
+        self.span = (self.span[0], time.time_ns())
         seconds = now - self._start - self._paused
         self._start, self._paused = now, 0.0
         if self.parts is not None:
@@ -76,8 +80,9 @@ class Clock:
 class Run:
     """Where a run stands, and what a hook may use.
 
-    `step` counts attempts, `updates` applied steps. `signal` holds bits STOP or INTERRUPT once a
-    signal has come to this rank; `trouble` an error of this rank that the others don't know of yet.
+    `step` counts attempts, `updates` applied steps; they are `profiled` while they are recorded.
+    `signal` holds bits STOP or INTERRUPT once a signal has come to this rank; `trouble` an error of
+    this rank that the others don't know of yet.
     """
 
     config: Config
@@ -92,6 +97,7 @@ class Run:
     trouble: Exception | None = None
     stopped: int = 0
     targets: int = 0
+    profiled: bool = False
     learning_rate: float = 0.0
     loss_scale: float = 1.0
     clock: Clock = field(init=False)

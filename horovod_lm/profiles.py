@@ -19,6 +19,7 @@ import gzip
 import itertools
 import json
 import re
+import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,22 +198,39 @@ class Trace:
     base: int
     rows: list[dict[str, Any]]
 
-    def write(self, path: Path) -> None:
-        """Write it for a viewer; compressed if the name ends in .gz."""
+    def pack(self) -> bytes:
+        """It as a file that viewers open: JSON, compressed by gzip."""
         values = {
             "displayTimeUnit": "ms",
             "baseTimeNanoseconds": self.base,
             "traceEvents": self.rows,
         }
-        data = json.dumps(values, separators=(",", ":")).encode()
-        path.write_bytes(gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
+        return gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 6, mtime=0)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Trace:
+        """From what `pack` gave."""
+        values = json.loads(gzip.decompress(data))
+        return cls(values["baseTimeNanoseconds"], values["traceEvents"])
+
+    def write(self, path: Path) -> None:
+        """Write it to a file, compressed."""
+        path.write_bytes(self.pack())
 
     @classmethod
     def read(cls, path: Path) -> Trace:
         """Read what `write` wrote."""
-        data = path.read_bytes()
-        values = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-        return cls(values["baseTimeNanoseconds"], values["traceEvents"])
+        return cls.unpack(path.read_bytes())
+
+    def within(self, steps: Sequence[Step]) -> Trace:
+        """Only what happened from the first step's begin to the last one's end."""
+        begin, end = ((moment - self.base) / 1e3 for moment in (steps[0].begin, steps[-1].end))
+        rows = [
+            row
+            for row in self.rows
+            if "ts" not in row or (row["ts"] <= end and row["ts"] + row.get("dur", 0) >= begin)
+        ]
+        return Trace(self.base, rows)
 
 
 def trace_of(events: Sequence[Event]) -> Trace:
@@ -224,7 +242,7 @@ def trace_of(events: Sequence[Event]) -> Trace:
         for name, i in threads.items()
     ]
     for event, kind in zip(events, kinds_of(events), strict=True):
-        row = {
+        row: dict[str, Any] = {
             "ph": "X",
             "name": event.name,
             "cat": kind or "other",
@@ -276,7 +294,7 @@ def _innermost(spans: list[tuple[int, int, str | None]]) -> Iterable[tuple[int, 
 
 def _shares(changes: list[tuple[int, int, str]], step: Step) -> dict[str, float]:
     """The ms of each kind within a step."""
-    time = dict.fromkeys(KINDS, 0.0)
+    spent = dict.fromkeys(KINDS, 0.0)
     running: Counter[str] = Counter()
     cursor = step.begin
     for moment, change, kind in [*changes, (step.end, 0, OVERHEAD)]:
@@ -284,20 +302,22 @@ def _shares(changes: list[tuple[int, int, str]], step: Step) -> dict[str, float]
         if until > cursor:
             count = running.total()
             for present, number in running.items():
-                time[present] += (until - cursor) * number / count
+                spent[present] += (until - cursor) * number / count
             if not count:
-                time[OVERHEAD] += until - cursor
+                spent[OVERHEAD] += until - cursor
             cursor = until
         if moment >= step.end:
             break
         running[kind] += change
         if not running[kind]:
             del running[kind]
-    return {kind: ns / 1e6 for kind, ns in time.items()}
+    return {kind: ns / 1e6 for kind, ns in spent.items()}
 
 
 def summary(
-    ranks: Sequence[Sequence[Mapping[str, float]]], steps: Sequence[int], ideal: Mapping[str, float]
+    ranks: Sequence[Sequence[Mapping[str, float]]],
+    steps: Sequence[Step],
+    ideal: Mapping[str, float],
 ) -> dict[str, Any]:
     """`profile.json`: the mean over ranks and steps of each kind's ms, its share of the step, and
     `ideal` ms over its own, where there are any."""
@@ -314,7 +334,7 @@ def summary(
     }
     return {
         "schema": 1,
-        "steps": [steps[0], steps[-1]],
+        "steps": [steps[0].number, steps[-1].number],
         "ranks": len(ranks),
         "step_ms": round(whole, 3),
         "kinds": kinds,
@@ -322,8 +342,14 @@ def summary(
 
 
 def read_timeline(path: Path) -> Trace:
-    """Horovod's timeline. Its clock starts at a time that it names."""
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    """Horovod's timeline, which a thread of its own writes to the end. Its clock starts at a time
+    that it names."""
+    for _ in range(200):
+        text = path.read_text(encoding="utf-8").rstrip()
+        if text.endswith("]"):
+            break
+        time.sleep(0.01)
+    rows = json.loads(text if text.endswith("]") else text.rstrip(",") + "]")
     starts = [row["args"].pop("start_time_since_epoch_in_micros", 0) for row in rows[:1]]
     return Trace(1000 * sum(starts), rows)
 
@@ -368,7 +394,7 @@ def merge_traces(paths: Sequence[Path], labels: Sequence[str], output: Path) -> 
         for row in Trace.read(path).rows:
             moved = {**row, "pid": first + row["pid"]}
             pids.add(row["pid"])
-            if row["name"] == "process_name" if row["ph"] == "M" else False:
+            if row.get("name") == "process_name":
                 moved["args"] = {"name": f"{label}: {row['args']['name']}"}
             if row.get("name") == "process_sort_index":
                 moved["args"] = {"sort_index": moved["pid"]}

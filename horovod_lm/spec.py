@@ -141,16 +141,20 @@ class ModelSpec(BaseModel):
         products of attention in each layer (Kaplan et al., 2020, appendix B). A causal token sees
         half of the sequence on average; lookups, norms and softmax are left out.
         """
-        length = length or self.context
         products = sum(p.size for p in self.parameters if p.name.endswith("kernel"))
         if self.tied:
             products += self.vocabulary * self.width
+        return 6.0 * products + self.attention_flops_per_token(length)
+
+    def attention_flops_per_token(self, length: int | None = None) -> float:
+        """The part of `flops_per_token` that has no weights: the two products of attention."""
+        length = length or self.context
         keys = 0.0
         for stack, layers in self.stacks.items():
             keys += layers * ((length + 1) / 2 if stack == "decoder" else length)
         if self.kind == "encoder-decoder":
             keys += self.layers * length
-        return 6.0 * products + 12.0 * self.width * keys
+        return 12.0 * self.width * keys
 
     def memory(
         self, rows: int, precision: str = "fp32", optimizer: str = "adamw"

@@ -27,6 +27,7 @@ from horovod_lm.backend import (
     Precision,
     load_backend,
 )
+from horovod_lm.ceilings import ideal_times
 from horovod_lm.config import Config, load_config
 from horovod_lm.console import TrainingConsole
 from horovod_lm.data.batches import Batches, validation_batches
@@ -39,6 +40,7 @@ from horovod_lm.hooks import (
     Evaluation,
     Metrics,
     MetricsFile,
+    Profile,
     ReplicaCheck,
     WeightSketches,
     local_evaluation,
@@ -53,6 +55,7 @@ from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import STATE, RunRecord, claim, default_folder
 from horovod_lm.schedule import learning_rate
 from horovod_lm.topology import place
+from horovod_lm.variants import display_name
 from horovod_lm.watchdog import Watchdog
 
 EVALUATION_ROWS = 16  # most rows of one forward in an evaluation
@@ -271,6 +274,8 @@ class Training:
                 hooks.append(sketches := WeightSketches(config.output.weights_every, sinks))
                 with run.guard():
                     sketches.start(run)
+            if config.output.profiled:
+                hooks.append(self._profile(run, stack))
             with listening(run):
                 train_steps(run, hooks)
                 memory = self._memory()
@@ -322,6 +327,20 @@ class Training:
         console = TrainingConsole(self.config.train.steps, run.step, output.log_every)
         sinks.append(stack.enter_context(console))
         return sinks
+
+    def _profile(self, run: Run, stack: ExitStack) -> Profile:
+        steps = self.config.output.profiled
+        if not hasattr(self.backend, "profile"):
+            raise together(
+                UserError(f"backend {self.backend.name} can't be profiled; leave out --profile"),
+                self.communicator,
+            )
+        if run.step + 1 >= steps.start:
+            self._say(f"no profile of steps {self.config.output.profile}: step {run.step} is done")
+        ideal = partial(ideal_times, self.config, self.backend, self.communicator.size)
+        hook = Profile(steps, self.folder, self.backend, display_name(self.backend.name), ideal)
+        stack.callback(hook.close)
+        return hook
 
     def _memory(self) -> dict[str, float]:
         peaks = [float(p) for p in self.communicator.allgather(repr(peak_memory()).encode())]

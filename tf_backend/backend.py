@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 from horovod_lm.backend import EngineSettings
 from horovod_lm.errors import UserError
@@ -38,6 +39,7 @@ with _silence():
     from tf_backend.bench import BenchTools
     from tf_backend.communicator import Communicator
     from tf_backend.engine import Engine
+    from tf_backend.profiler import profile
 
 
 class Backend:
@@ -80,6 +82,10 @@ class Backend:
         # The one place that chooses a device, of those that `communicator` left visible.
         device = "/GPU:0" if tf.config.get_visible_devices("GPU") else "/CPU:0"
         return Engine(spec, settings, communicator, device)
+
+    def profile(self, path: Path) -> AbstractContextManager[None]:
+        """Record what happens inside and write it to `path`."""
+        return profile(path)
 
     def bench(self) -> BenchTools:
         """Peers, bare products and an allreduce, for `horovod-lm bench`."""

@@ -60,6 +60,16 @@ class BenchTools:
 
         return run
 
+    def copy(self, elements: int) -> Callable[[], None]:
+        """A function that reads a tensor of `elements` fp32 and writes another."""
+        source = tf.zeros(elements)
+
+        def run() -> None:
+            tf.negative(source)  # tf.identity would hand on the same memory
+            tf.test.experimental.sync_devices()
+
+        return run
+
     def allreduce(self, communicator: Communicator, elements: int) -> Callable[[], None]:
         """A function that sums a buffer of `elements` fp32 as the engine does its gradients."""
         buffer = tf.zeros(elements)

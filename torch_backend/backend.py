@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,7 @@ from horovod_lm.spec import ModelSpec
 from torch_backend.bench import BenchTools
 from torch_backend.communicator import Communicator
 from torch_backend.engine import Engine
+from torch_backend.profiler import profile
 
 
 class Backend:
@@ -43,6 +46,10 @@ class Backend:
         if torch.cuda.is_available():
             device = torch.device("cuda", communicator.local_rank)
         return Engine(spec, settings, communicator, device)
+
+    def profile(self, path: Path) -> AbstractContextManager[None]:
+        """Record what happens inside and write it to `path`."""
+        return profile(path)
 
     def bench(self) -> BenchTools:
         """Peers, bare products and an allreduce, for `horovod-lm bench`."""

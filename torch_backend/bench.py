@@ -73,6 +73,17 @@ class BenchTools:
 
         return run
 
+    def copy(self, elements: int) -> Callable[[], None]:
+        """A function that reads a tensor of `elements` fp32 and writes another."""
+        source, target = (torch.zeros(elements, device=_device()) for _ in range(2))
+
+        def run() -> None:
+            target.copy_(source)
+            if source.is_cuda:
+                torch.cuda.synchronize()
+
+        return run
+
     def allreduce(self, communicator: Communicator, elements: int) -> Callable[[], None]:
         """A function that sums a buffer of `elements` fp32 as the engine does its gradients."""
         buffer = torch.zeros(elements, device=_device())

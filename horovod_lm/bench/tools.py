@@ -83,6 +83,10 @@ class BenchTools(Protocol):
     ) -> Callable[[], None]:
         """A function that does all the products once, with their gradients, and nothing else."""
 
+    def copy(self, elements: int) -> Callable[[], None]:
+        """A function that reads a tensor of `elements` fp32 and writes another: what a copy
+        costs."""
+
     def allreduce(self, communicator: Communicator, elements: int) -> Callable[[], None]:
         """A function that sums a tensor of `elements` fp32 over the ranks, as the engine does its
         gradients, and waits for the sum."""

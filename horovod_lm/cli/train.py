@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ Examples:
   mpirun -np 2 horovod-lm train configs/quickstart.toml --output runs/mine
   horovod-lm train configs/quickstart.toml --output runs/mine --resume
   horovod-lm train configs/small.toml --set train.steps=50 --dry-run
+  horovod-lm train configs/quickstart.toml --output runs/mine --profile 20:22
 
 \b
 SIGTERM or SIGUSR1 to a rank stops all ranks after their step, with a checkpoint. mpirun hands
@@ -46,6 +48,11 @@ def _refuse_ranks(context: click.Context, _: click.Parameter, value: str | None)
 @output_option
 @set_option
 @click.option("--resume", is_flag=True, help="Go on from the newest valid checkpoint.")
+@click.option(
+    "--profile",
+    metavar="FIRST:LAST",
+    help="Profile these steps: trace.json.gz and profile.json (output.profile).",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, train nothing.")
 @click.option("-np", "--ranks", hidden=True, expose_value=False, callback=_refuse_ranks)
 def command(
@@ -54,12 +61,15 @@ def command(
     output: Path | None,
     overrides: tuple[str, ...],
     resume: bool,
+    profile: str | None,
     dry_run: bool,
 ) -> None:
     """Train the model of CONFIG in one framework.
 
     Alone this is one rank; under mpirun, srun or horovodrun it is one of as many as were started.
     """
+    if profile is not None:
+        overrides = (*overrides, f"output.profile={json.dumps(profile)}")
     settings = load(config, overrides, backend=backend, output=output)
     from horovod_lm.train import train
 

@@ -1,0 +1,93 @@
+"""The least time that a step's work of a kind takes on this machine: its matrix products alone, and
+the bytes that must move at the rate of a plain copy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from horovod_lm.backend import Backend
+from horovod_lm.bench.tools import BenchTools, products_of
+from horovod_lm.config import Config
+from horovod_lm.data.batches import share
+from horovod_lm.optimizers import moment_size
+from horovod_lm.spec import ModelSpec
+
+_LEAST_RUNS, _SECONDS = 3, 0.1  # of one measurement
+_LEAST_ELEMENTS = 2**18  # of a copy
+
+
+def ideal_times(config: Config, backend: Backend, ranks: int) -> dict[str, float]:
+    """By kind of `horovod_lm.profiles`, the ms that a step of one rank takes at the least.
+
+    Matrix products: the same products by the framework, with nothing else between. Attention: its
+    FLOPs at the same rate. The others, which do little with each element: the bytes of
+    `bytes_per_token` and of the optimizer, at the rate of copying a tensor of their size. Kinds for
+    which this means nothing are left out.
+    """
+    spec, train = config.model, config.train
+    largest = len(share(train.global_batch_size, 0, ranks))
+    rows = min(train.micro_batch_size or largest, largest)
+    micros = -(-largest // rows)
+    tokens = rows * spec.context
+    tools = backend.bench()
+    products = products_of(spec, rows)
+    library = tools.product_libraries(train.precision)[0]
+    seconds = _seconds(tools.products(library, products, train.precision))
+    rate = sum(product.flops for product in products) / seconds
+    times = {
+        "matrix products": micros * seconds,
+        "attention": micros * tokens * spec.attention_flops_per_token() / rate,
+    }
+    byte = _seconds_of_a_byte(tools, tokens * spec.width)
+    half = 4 if train.precision == "fp32" else 2
+    for kind, count in bytes_per_token(spec, half).items():
+        times[kind] = micros * tokens * count * byte
+    update = optimizer_bytes(spec, config.optimizer.name)
+    times["optimizer"] = update * _seconds_of_a_byte(tools, spec.size)
+    return {kind: 1e3 * value for kind, value in times.items()}
+
+
+def bytes_per_token(spec: ModelSpec, half: int) -> dict[str, float]:
+    """The bytes that a forward and backward of a token must at the least read and write, by kind,
+    if each operation of a kind is one pass; `half` bytes has an element of a product's result.
+
+    With D the width, F the inner width: a norm reads x and writes y, then reads g and x and writes
+    dx; an activation the same over F, and a sum of the residual stream reads two and writes one,
+    each way; dropout reads, writes and a mask of bytes, each way; an embedding reads a row and a
+    position and writes their sum, then reads g for each and adds it to a row and to a position.
+    """
+    width, blocks = 4 * spec.width, spec.layers
+    found = {
+        "norms": 5 * width * (2 * blocks + 1),
+        "activations": 5 * half * spec.inner_width * blocks + 6 * width * 2 * blocks,
+        "embedding": 3 * width + (2 + 2 * 2) * width,
+    }
+    if spec.dropout:
+        found["dropout"] = (4 * width + 2 * spec.width) * (2 * blocks + 1)
+    return {kind: float(count) for kind, count in found.items()}
+
+
+def optimizer_bytes(spec: ModelSpec, optimizer: str) -> float:
+    """The bytes of an update: the norm reads the gradient, the update reads it again, and reads and
+    writes weights and moments, all in fp32."""
+    moments = moment_size(optimizer, {p.name: p.shape for p in spec.parameters})
+    return 4.0 * (4 * spec.size + 2 * moments)
+
+
+def _seconds_of_a_byte(tools: BenchTools, elements: int) -> float:
+    """To read or write one, in copying so many fp32 elements, or more if calling takes longer."""
+    elements = max(elements, _LEAST_ELEMENTS)
+    return _seconds(tools.copy(elements)) / (8 * elements)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The median time of some runs after a first one."""
+    work()
+    times: list[float] = []
+    while len(times) < _LEAST_RUNS or sum(times) < _SECONDS:
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
