@@ -12,7 +12,6 @@ import tensorflow as tf
 from horovod_lm.backend import Precision
 from horovod_lm.bench.tools import Peer, Product
 from horovod_lm.config import Config
-from horovod_lm.errors import UserError
 from tf_backend.communicator import Communicator
 from tf_backend.precision import HALF_TYPES
 
@@ -22,19 +21,11 @@ TRIALS = 3  # of each form of a product, to see which is the fastest here
 class BenchTools:
     """See `horovod_lm.bench.tools.BenchTools`."""
 
-    def peer_names(self, precision: Precision) -> Sequence[str]:
-        """KerasHub's GPT-2 in graph mode and compiled by XLA."""
-        return ("KerasHub", "KerasHub XLA")
-
-    def distributed_peer_names(self) -> Sequence[str]:
-        """None: KerasHub's models have nothing of their own for several processes."""
-        return ()
-
     def peer(self, name: str, config: Config, threads: int) -> Peer:
         """The peer `name`, with new weights."""
         # As TensorFlow does by itself, but with so many threads; our engine wants one.
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-        return _KerasHub(config, compiled=name.endswith("XLA"))
+        return _KerasHub(config, compiled=name.endswith("xla"))
 
     def product_libraries(self, precision: Precision) -> Sequence[str]:
         """TensorFlow's own products."""
@@ -87,13 +78,8 @@ class _KerasHub:
     rank, size = 0, 1
 
     def __init__(self, config: Config, compiled: bool) -> None:
-        try:
-            import keras_hub
-        except ImportError as error:
-            raise UserError(
-                f"the peer KerasHub can't be imported: {error}; pip install 'horovod_lm[bench]' "
-                f"and pip install --no-deps keras-hub, or leave it out of --peers"
-            ) from error
+        import keras_hub
+
         spec, settings = config.model, config.optimizer
         policy = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
         backbone = keras_hub.models.GPT2Backbone(

@@ -15,7 +15,6 @@ from torch import nn
 from horovod_lm.backend import Precision
 from horovod_lm.bench.tools import Peer, Product
 from horovod_lm.config import Config
-from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
 from torch_backend.communicator import Communicator
 from torch_backend.precision import HALF_TYPES
@@ -26,23 +25,13 @@ TRIALS = 3  # of each form of a product, to see which is the fastest here
 class BenchTools:
     """See `horovod_lm.bench.tools.BenchTools`."""
 
-    def peer_names(self, precision: Precision) -> Sequence[str]:
-        """Hugging Face's GPT-2 and a plain torch model, eager and by torch.compile."""
-        if precision == "fp16" and not torch.cuda.is_available():
-            return ()  # a step of autocast in fp16 takes tens of seconds on a CPU
-        return ("Hugging Face", "Hugging Face compiled", "plain", "plain compiled")
-
-    def distributed_peer_names(self) -> Sequence[str]:
-        """The plain model in DistributedDataParallel."""
-        return ("DistributedDataParallel",)
-
     def peer(self, name: str, config: Config, threads: int) -> Peer:
         """The peer `name`, with new weights."""
-        if name == "DistributedDataParallel":
+        if name == "ddp":
             return _Distributed(config)
-        make = _hugging_face if name.startswith("Hugging Face") else _Plain
+        make = _hugging_face if name.startswith("huggingface") else _Plain
         model = make(config.model).to(_device()).train()
-        return _Peer(torch.compile(model) if name.endswith("compiled") else model, config)
+        return _Peer(torch.compile(model) if name.endswith("compile") else model, config)
 
     def product_libraries(self, precision: Precision) -> Sequence[str]:
         """torch's own products, and oneDNN's where another library (MKL) makes those."""
@@ -152,13 +141,7 @@ class _Distributed(_Peer):
 
 
 def _hugging_face(spec: ModelSpec) -> nn.Module:
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise UserError(
-            f"the peer Hugging Face can't be imported: {error}; pip install 'horovod_lm[bench]', "
-            f"or leave it out of --peers"
-        ) from error
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     class HuggingFace(nn.Module):
         def __init__(self) -> None:

@@ -104,7 +104,8 @@ class Stage(AbstractContextManager["Stage"]):
 
 
 class Process:
-    """A process or job that serves turns, asleep while it has none."""
+    """A process or job that serves turns, asleep while it has none; `parts` are the things that
+    its work can do."""
 
     def __init__(self, name: str, marker: str, address: Path, log_file: Path) -> None:
         self.name, self._address, self._log_file = name, address, log_file
@@ -129,7 +130,7 @@ class Process:
                 continue
             connection.settimeout(START_SECONDS)
             self._answers = connection.makefile("rw", encoding="utf-8")
-        self._receive()
+        self.parts: list[str] = self._receive()["parts"]
         self._sleep()
 
     def contestant(self, label: str, part: str = "", factor: float = 1.0) -> Turns:
@@ -166,7 +167,7 @@ class Process:
     def _receive(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
-            self._job.wait(2.0)
+            self._job.wait(10.0)
             raise self._failed()
         answer: dict[str, Any] = json.loads(line)
         if "mistake" in answer:

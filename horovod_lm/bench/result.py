@@ -38,6 +38,8 @@ class Column:
         """A value as it stands in the table."""
         if value is None:
             return "–"
+        if isinstance(value, Interval):
+            return interval_text(value, self.digits or 3)
         if self.share:
             return f"{value:.0%}"
         if isinstance(value, float) and self.digits is not None:
@@ -82,7 +84,8 @@ class BenchResult:
 
     `bench`: its name; `settings`: what was measured and how (rounds, seconds, model, …); `rows`:
     one mapping for each thing measured, whose keys `columns` show in the table; `ratios`: the
-    figures it is for; `notes`: sentences that a reader of the figures must know.
+    figures it is for; `notes`: sentences that a reader of the figures must know; `group_by`: keys
+    of rows and ratios that have a table for each of their values.
     """
 
     bench: str
@@ -92,6 +95,7 @@ class BenchResult:
     rows: list[dict[str, Any]] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    group_by: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """See docs/bench.md for the schema."""
@@ -118,20 +122,36 @@ class BenchResult:
 
     @property
     def tables(self) -> list[Table]:
-        """The rows, and the ratios, for `horovod_lm.cli.table.show`."""
-        rows = [[column.show(row.get(column.key)) for column in self.columns] for row in self.rows]
-        text = [all(isinstance(r.get(c.key), str | None) for r in self.rows) for c in self.columns]
-        numbers = "".join("l" if is_text else "r" for is_text in text)
-        tables = [Table(self.title, [c.title for c in self.columns], rows, numbers)]
-        if self.ratios:
-            where = list(dict.fromkeys(key for item in self.ratios for key in item.where))
+        """The rows, and the ratios, of each group, for `horovod_lm.cli.table.show`."""
+        groups = list(dict.fromkeys(self._group(row) for row in self.rows))
+        groups += [g for r in self.ratios if (g := self._group(r.where)) not in groups]
+        return [table for group in groups for table in self._tables_of(group)]
+
+    def _group(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(values.get(key) for key in self.group_by)
+
+    def _tables_of(self, group: tuple[Any, ...]) -> list[Table]:
+        named = zip(self.group_by, group, strict=True)
+        of = ", ".join(f"{key} {value}" for key, value in named if value is not None)
+        tables = []
+        shown = [column for column in self.columns if column.key not in self.group_by]
+        rows = [row for row in self.rows if self._group(row) == group]
+        if rows:
+            text = [all(isinstance(r.get(c.key), str | None) for r in rows) for c in shown]
+            cells = [[column.show(row.get(column.key)) for column in shown] for row in rows]
+            numbers = "".join("l" if is_text else "r" for is_text in text)
+            title = f"{self.title}: {of}" if of else self.title
+            tables.append(Table(title, [c.title for c in shown], cells, numbers))
+        ratios = [item for item in self.ratios if self._group(item.where) == group]
+        if ratios:
+            keys = dict.fromkeys(key for item in ratios for key in item.where)
+            where = [key for key in keys if key not in self.group_by]
             lines = [
-                [*(str(item.where.get(key, "–")) for key in where), *_line(item)]
-                for item in self.ratios
+                [*(str(item.where.get(key, "–")) for key in where), *_line(item)] for item in ratios
             ]
             heads = [*where, "figure", "value", "95% interval", "aim", "reached"]
-            numbers = "l" * (len(where) + 1) + "rrrl"
-            tables.append(Table("Ratios of paired rounds", heads, lines, numbers))
+            title = "Ratios of paired rounds" + (f": {of}" if of else "")
+            tables.append(Table(title, heads, lines, "l" * (len(where) + 1) + "rrrl"))
         return tables
 
     def write(self, path: Path) -> None:
@@ -148,11 +168,11 @@ class BenchResult:
         return json.dumps(self.as_json(), indent=1, ensure_ascii=False)
 
 
-def interval_text(interval: Interval | None) -> str:
+def interval_text(interval: Interval | None, digits: int = 3) -> str:
     """`1.02 – 1.07`."""
     if interval is None:
         return "–"
-    return f"{significant(interval.low)} – {significant(interval.high)}"
+    return f"{significant(interval.low, digits)} – {significant(interval.high, digits)}"
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -47,6 +47,31 @@ def products_of(spec: ModelSpec, rows: int) -> list[Product]:
     ]
 
 
+@dataclass(frozen=True)
+class PeerKind:
+    """A peer that a user could pick instead: its `name` on the command line, the framework, the
+    package that it needs and how that is installed, and the precisions that it trains in here."""
+
+    name: str
+    label: str
+    backend: str
+    package: str
+    mend: str = "pip install 'horovod_lm[bench]'"
+    precisions: tuple[str, ...] = ("fp32", "bf16")  # torch's fp16 takes tens of seconds a step
+
+
+_KERAS_HUB = "pip install 'horovod_lm[bench]' and then pip install --no-deps keras-hub"
+PEERS = (
+    PeerKind("huggingface", "Hugging Face", "torch", "transformers"),
+    PeerKind("huggingface-compile", "Hugging Face, compiled", "torch", "transformers"),
+    PeerKind("plain", "plain torch", "torch", "torch"),
+    PeerKind("plain-compile", "plain torch, compiled", "torch", "torch"),
+    PeerKind("kerashub", "KerasHub", "tensorflow", "keras_hub", _KERAS_HUB),
+    PeerKind("kerashub-xla", "KerasHub, XLA", "tensorflow", "keras_hub", _KERAS_HUB),
+)
+DISTRIBUTED = PeerKind("ddp", "DistributedDataParallel", "torch", "torch")
+
+
 class Peer(Protocol):
     """A GPT-2 of the spec's sizes by somebody else, with its optimizer, as it is shipped."""
 
@@ -62,17 +87,11 @@ class Peer(Protocol):
 
 
 class BenchTools(Protocol):
-    """See `horovod_lm.backend.Backend.bench`. What is not installed is a `UserError` with the
-    mend, raised by the call that needs it."""
-
-    def peer_names(self, precision: Precision) -> Sequence[str]:
-        """The peers that can train in this precision here, each a name for `peer`."""
-
-    def distributed_peer_names(self) -> Sequence[str]:
-        """The peers that torchrun starts on several ranks."""
+    """See `horovod_lm.backend.Backend.bench`."""
 
     def peer(self, name: str, config: Config, threads: int) -> Peer:
-        """The peer `name`, with new weights."""
+        """The peer `name` of `PEERS` or `DISTRIBUTED`, with new weights; its package is imported
+        now."""
 
     def product_libraries(self, precision: Precision) -> Sequence[str]:
         """The libraries whose matrix products the framework can use here, each a name for

@@ -47,11 +47,18 @@ def arguments(config: Config, threads: int, **more: Any) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "threads": threads, **more}
 
 
-class OwnTraining:
-    """Steps of our own engine: what the training loop does, without its hooks. A unit is a target
-    token."""
+def batch_sizes(config: Config, sizes: Mapping[str, int] | None) -> dict[str, int]:
+    """The parts of a training: the global batch size of each, by default the config's alone."""
+    return dict(sizes or {"": config.train.global_batch_size})
 
-    def __init__(self, config: Mapping[str, Any], threads: int) -> None:
+
+class OwnTraining:
+    """Steps of our own engine: what the training loop does, without its hooks. `sizes` are its
+    parts, see `batch_sizes`. A unit is a target token."""
+
+    def __init__(
+        self, config: Mapping[str, Any], threads: int, sizes: Mapping[str, int] | None = None
+    ) -> None:
         self._config = make_config(config, "the bench")
         settings = self._config.train
         backend = load_backend(self._config.launch.backend, threads)
@@ -59,29 +66,34 @@ class OwnTraining:
         self._engine = make_engine(self._config, CausalLM(), backend, self._communicator)
         self._engine.load_state(EngineState(initial_weights(self._config.model, settings.seed)))
         self._scaler = LossScaler(self._config.loss_scale, settings.precision == "fp16")
-        self._batches = Batches(
-            stream(self._config),  # type: ignore[arg-type]  # it reads alike
-            CausalLM(),
-            context=self._config.model.context,
-            global_batch_size=settings.global_batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            seed=settings.seed,
-            rank=self._communicator.rank,
-            ranks=self._communicator.size,
-        )
+        tokens = stream(self._config)
+        self._batches = {
+            part: Batches(
+                tokens,  # type: ignore[arg-type]  # it reads alike
+                CausalLM(),
+                context=self._config.model.context,
+                global_batch_size=size,
+                micro_batch_size=settings.micro_batch_size,
+                seed=settings.seed,
+                rank=self._communicator.rank,
+                ranks=self._communicator.size,
+            )
+            for part, size in batch_sizes(self._config, sizes).items()
+        }
+        self.parts = list(self._batches)
         self._step = self._updates = 0
 
     def step(self, part: str) -> float:
         """One step of the loop; its target tokens."""
-        engine, settings = self._engine, self._config.train
-        batch = self._batches[self._step]
+        config, engine = self._config, self._engine
+        batch = self._batches[part][self._step]
         for micro in batch.micros:
             engine.forward_backward(micro, self._step, self._scaler.scale)
         reduced = engine.reduce_gradients()
         if self._scaler.update(reduced.finite):
-            config = self._config
-            rate = learning_rate(self._updates, config.optimizer, config.schedule, settings.steps)
-            engine.apply_gradients(rate, settings.max_norm)
+            steps = config.train.steps
+            rate = learning_rate(self._updates, config.optimizer, config.schedule, steps)
+            engine.apply_gradients(rate, config.train.max_norm)
             self._updates += 1
         self._step += 1
         engine.synchronise()
@@ -93,27 +105,34 @@ class OwnTraining:
 
 
 class PeerTraining:
-    """Steps of somebody else's GPT-2. A unit is a target token."""
+    """Steps of somebody else's GPT-2, with the same parts and units as `OwnTraining`."""
 
-    def __init__(self, config: Mapping[str, Any], threads: int, peer: str) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        threads: int,
+        peer: str,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         self._config = make_config(config, "the bench")
         backend = load_backend(self._config.launch.backend, threads)
         self._peer = backend.bench().peer(peer, self._config, threads)
         self._tokens = stream(self._config)
-        mine = share(self._config.train.global_batch_size, self._peer.rank, self._peer.size)
-        self._rows = np.arange(mine.start, mine.stop)
+        self._sizes = batch_sizes(self._config, sizes)
+        self.parts = list(self._sizes)
         self._step = 0
 
     def step(self, part: str) -> float:
         """One training step; the target tokens of all ranks."""
-        batch, context = self._config.train.global_batch_size, self._config.model.context
-        first = self._step % WINDOWS * batch
+        size, context = self._sizes[part], self._config.model.context
+        windows = (len(self._tokens) - 1) // context
         rows = [
-            self._tokens.read((first + row) * context, context + 1) for row in self._rows.tolist()
+            self._tokens.read((self._step * size + row) % windows * context, context + 1)
+            for row in share(size, self._peer.rank, self._peer.size)
         ]
         self._peer.step(np.stack(rows))
         self._step += 1
-        return float(batch * context)
+        return float(size * context)
 
     def broadcast(self, data: bytes) -> bytes:
         """`data` of rank 0."""
@@ -121,8 +140,8 @@ class PeerTraining:
 
 
 class Ceiling:
-    """The matrix products of a training step alone. A unit is a floating-point operation; the
-    parts are the libraries."""
+    """The matrix products of a training step alone. The parts are the libraries; a unit is a
+    floating-point operation."""
 
     def __init__(self, config: Mapping[str, Any], threads: int) -> None:
         checked = make_config(config, "the bench")
@@ -130,6 +149,7 @@ class Ceiling:
         self._products = products_of(checked.model, checked.train.global_batch_size)
         self._precision = checked.train.precision
         self._functions: dict[str, Callable[[], None]] = {}
+        self.parts = self._tools.product_libraries(self._precision)
 
     def step(self, part: str) -> float:
         """All products of a step, with both gradients; their operations."""

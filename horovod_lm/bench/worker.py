@@ -8,6 +8,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -20,11 +21,12 @@ WARM_STEPS = 3  # untimed ones after the first, before a part's first turn
 class Work(Protocol):
     """What a contestant does. It is made in each process of the contestant by a function
     `module:name` with keyword arguments that JSON can hold; in a job of several ranks all of them
-    make the same calls."""
+    make the same calls. `parts` are the things that it can do, [""] where there is only one."""
+
+    parts: Sequence[str]
 
     def step(self, part: str) -> float:
-        """Do one step of `part`, one of several things that the work can do ("" where there is
-        only one), to its end; returns its units, of all ranks together."""
+        """Do one step of `part` to its end; returns its units, of all ranks together."""
 
     def broadcast(self, data: bytes) -> bytes:
         """`data` of rank 0, on every rank; the same `data` where there is only one rank."""
@@ -46,7 +48,7 @@ def main(address: str, work: str, arguments: str) -> None:
     except UserError as error:
         _send(driver, {"mistake": str(error)})
         raise SystemExit(error.exit_code) from None
-    _send(driver, {"seconds": time.perf_counter() - begin})
+    _send(driver, {"seconds": time.perf_counter() - begin, "parts": list(made.parts)})
     pace: dict[str, float] = {}
     while True:
         asked = json.loads(made.broadcast((driver.readline() if driver else "").encode()) or "{}")

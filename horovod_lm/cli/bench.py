@@ -145,3 +145,206 @@ def allreduce(
         seconds=seconds or (QUICK_SECONDS if quick else 0.3),
     )
     finish(result, as_json, output)
+
+
+@command.command()
+@bench_options
+@click.option("--precision", default="fp32", show_default=True, help="Of fp32,bf16,fp16.")
+@click.option("--threads", help="As 1,2; default: 1 and all cores.")
+@click.option("--peers", default="all", show_default=True, help="Names, all or none (see below).")
+def throughput(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    precision: str,
+    threads: str | None,
+    peers: str,
+) -> None:
+    """Training speed against peers and bare products.
+
+    Both backends against Hugging Face's and KerasHub's GPT-2 and a plain torch model of the same
+    sizes, each in a process of its own, and as a share of the rate of the model's matrix products
+    alone. Peers are huggingface, huggingface-compile, plain, plain-compile, kerashub and
+    kerashub-xla.
+    """
+    from horovod_lm.bench.throughput import throughput as measure
+    from horovod_lm.bench.tools import PEERS
+    from horovod_lm.topology import usable_cores
+
+    names = tuple(peer.name for peer in PEERS)
+    chosen = {"all": list(names), "none": []}.get(peers)
+    result = measure(
+        settings(config, overrides, quick),
+        precisions=choices(precision, ("fp32", "bf16", "fp16"), "--precision"),
+        threads=counts(threads, "--threads") if threads else sorted({1, usable_cores()}),
+        peers=choices(peers, names, "--peers") if chosen is None else chosen,
+        rounds=rounds or (QUICK_ROUNDS if quick else 7),
+        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
+    )
+    finish(result, as_json, output)
+
+
+@command.command("loss-scaling")
+@bench_options
+@backends_option
+def loss_scaling(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    backends: str,
+) -> None:
+    """What the dynamic loss scaler costs in a step of fp16."""
+    from horovod_lm.backend import backend_names
+    from horovod_lm.bench.loss_scaling import measure
+
+    result = measure(
+        settings(config, overrides, quick),
+        backends=choices(backends, tuple(backend_names()), "--backends"),
+        rounds=rounds or (QUICK_ROUNDS if quick else 11),
+        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
+    )
+    finish(result, as_json, output)
+
+
+@command.command()
+@bench_options
+@click.option("--ranks", default="1,2", show_default=True, help="Numbers of ranks.")
+@click.option(
+    "--launcher", default="mpirun,gloo", show_default=True, help="Of mpirun,horovodrun,gloo,srun."
+)
+@click.option("--modes", default="weak,strong", show_default=True, help="Of weak,strong.")
+@click.option("--backends", default="torch,tensorflow", show_default=True, help="Of these two.")
+@click.option("--peers", default="ddp", show_default=True, help="ddp or none.")
+def scaling(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    ranks: str,
+    launcher: str,
+    modes: str,
+    backends: str,
+    peers: str,
+) -> None:
+    """Speed on several ranks against one.
+
+    Weak and strong scaling under each launcher, gloo being horovodrun over Gloo, and against
+    torch's DistributedDataParallel. One thread a rank, or launch.threads.
+    """
+    from horovod_lm.bench.scaling import LAUNCHERS, MODES
+    from horovod_lm.bench.scaling import scaling as measure
+
+    result = measure(
+        settings(config, overrides, quick),
+        ranks=counts(ranks, "--ranks"),
+        launchers=choices(launcher, tuple(LAUNCHERS), "--launcher"),
+        modes=choices(modes, MODES, "--modes"),
+        backends=choices(backends, ("torch", "tensorflow"), "--backends"),
+        peers=choices(peers, ("ddp", "none"), "--peers") == ["ddp"],
+        rounds=rounds or (QUICK_ROUNDS if quick else 7),
+        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
+    )
+    finish(result, as_json, output)
+
+
+@command.command()
+@bench_options
+@backends_option
+def dropout(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    backends: str,
+) -> None:
+    """What masks cost that are the same in both frameworks.
+
+    Against the masks of a framework's own generator, and against no dropout.
+    """
+    from horovod_lm.backend import backend_names
+    from horovod_lm.bench.dropout import measure
+
+    result = measure(
+        settings(config, overrides, quick),
+        backends=choices(backends, tuple(backend_names()), "--backends"),
+        rounds=rounds or (QUICK_ROUNDS if quick else 11),
+        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
+    )
+    finish(result, as_json, output)
+
+
+@command.command()
+@bench_options
+@backends_option
+def data(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    backends: str,
+) -> None:
+    """How fast batches are read.
+
+    Against a copy in memory, and against what training consumes.
+    """
+    from horovod_lm.backend import backend_names
+    from horovod_lm.bench.data import QUICK_TOKENS, TOKENS, measure
+
+    result = measure(
+        settings(config, overrides, quick),
+        tokens=QUICK_TOKENS if quick else TOKENS,
+        backends=choices(backends, tuple(backend_names()), "--backends"),
+        rounds=rounds or (QUICK_ROUNDS if quick else 7),
+        seconds=seconds or (QUICK_SECONDS if quick else 2.0),
+    )
+    finish(result, as_json, output)
+
+
+@command.command()
+@bench_options
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("."),
+    help="A folder on the disk to measure; default: this one.",
+)
+def checkpoint(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """How fast checkpoints are saved and loaded.
+
+    Against plainly writing (and fsync) and reading as many bytes.
+    """
+    from horovod_lm.bench.checkpoint import measure
+
+    result = measure(
+        settings(config, overrides, quick),
+        folder=folder,
+        rounds=rounds or (QUICK_ROUNDS if quick else 9),
+        seconds=seconds or (QUICK_SECONDS if quick else 1.0),
+    )
+    finish(result, as_json, output)
