@@ -29,7 +29,8 @@ def global_norm(weights: Weights) -> float:
 
 def _root_mean_square(block: torch.Tensor) -> torch.Tensor:
     """Of each part of a block (rows, parts, columns), as (parts,) fp64."""
-    return block.square().mean(2).double().mean(0).sqrt()
+    squares = torch.linalg.vector_norm(block, dim=2).double().square()
+    return (squares.mean(0) / block.shape[2]).sqrt()
 
 
 class Optimizer:
@@ -138,6 +139,8 @@ class Adafactor(Optimizer):
                 for name, block in zip(weights.names, weights.blocks, strict=True)
                 if name in own
             }
+        largest = max(math.prod(block) for block in weights.blocks)
+        self._scratch = weights.values.new_empty(largest)  # a fresh one each time costs more
 
     def step(self, learning_rate: float, update: int) -> None:
         """Apply update number `update` (from 1) to the weights, in place."""
@@ -178,14 +181,15 @@ class Adafactor(Optimizer):
 
     def _direction(self, name: str, gradient: torch.Tensor, newest: float) -> torch.Tensor:
         """u, as (rows, parts, columns), after the moments took in the gradient."""
-        squares = gradient.square().add_(1e-30)
+        scratch = self._scratch[: gradient.numel()].view(gradient.shape)
+        squares = torch.mul(gradient, gradient, out=scratch).add_(1e-30)
         if name in self.moments["second"]:
             second = self.moments["second"][name].lerp_(squares[0], newest)
-            return gradient * second.rsqrt()
+            return torch.mul(gradient, second.rsqrt(), out=scratch)
         row = self.moments["row"][name].lerp_(squares.mean(2).T, newest)
         column = self.moments["column"][name].lerp_(squares.mean(0), newest)
         factor = (row / row.mean(1, keepdim=True)).rsqrt().T
-        return gradient * factor[:, :, None] * column.rsqrt()
+        return torch.mul(gradient, factor[:, :, None], out=scratch).mul_(column.rsqrt())
 
     def _views(self) -> dict[str, dict[str, torch.Tensor]]:
         """The moments by moment and canonical name, as views."""
