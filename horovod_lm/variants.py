@@ -137,7 +137,7 @@ def display_names(configs: Sequence[Config]) -> list[str]:
     keys = differing_keys(configs) or ["launch.backend"]
     keys.sort(key=lambda key: key != "launch.backend")  # it is read first
     flat = [flat_values(config) for config in configs]
-    return [", ".join(_word(key, values[key]) for key in keys) for values in flat]
+    return [" ".join(_word(key, values[key]) for key in keys) for values in flat]
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:

@@ -58,6 +58,8 @@ class Comparison:
         self.before = before
         self.labels = [run.folder.name for run in runs] if labels is None else list(labels)
         self.seeds = [self.runs, *(list(others) for others in seeds)]
+        self._curves: dict[tuple[int, int], Curves | None] = {}
+        self._ratios: dict[tuple[int, int], tuple[float, Interval]] = {}
         self.names = _distinct(display_names([run.config for run in runs]), self.labels)
 
     @property
@@ -67,37 +69,37 @@ class Comparison:
 
     # The same training?
 
-    def curves(self, which: int) -> Curves | None:
-        """The difference of a run's loss curve to the baseline's; None if no step has both."""
-        return self._curves[which]
+    def curves(self, which: int, to: int = 0) -> Curves | None:
+        """The difference of a run's loss curve to that of run `to`; None if no step has both."""
+        if (which, to) not in self._curves:
+            first, other = self.runs[to].losses, self.runs[which].losses
+            steps = sorted(first.keys() & other.keys())
+            apart = [abs(first[step] - other[step]) for step in steps]
+            self._curves[which, to] = Curves(steps, apart) if steps else None
+        return self._curves[which, to]
 
-    @cached_property
-    def _curves(self) -> list[Curves | None]:
-        first, found = self.runs[0].losses, []
-        for run in self.runs:
-            steps = sorted(first.keys() & run.losses.keys())
-            apart = [abs(first[step] - run.losses[step]) for step in steps]
-            found.append(Curves(steps, apart) if steps else None)
-        return found
-
-    def changed(self, which: int) -> list[str]:
-        """Keys by which a run trains something else than the baseline; none where the two are
-        meant to be the same."""
-        first, other = self.runs[0].config.trajectory, self.runs[which].config.trajectory
+    def changed(self, which: int, to: int = 0) -> list[str]:
+        """Keys by which a run trains something else than run `to`; none where the two are meant
+        to be the same."""
+        first, other = self.runs[to].config.trajectory, self.runs[which].config.trajectory
         return [key for key in first if first[key] != other.get(key)]
 
+    def twin(self, which: int) -> int:
+        """The first run that is meant to train the same as a run; itself if it is the first."""
+        return next(i for i in range(which + 1) if not self.changed(which, i))
+
     def judged(self, which: int) -> bool:
-        """Whether a run's curve is held against the margin: in fp32, where both are meant to be
-        the same, and draw the same dropout masks."""
-        first, other = self.runs[0].config, self.runs[which].config
-        meant = not self.changed(which) and _same_masks(first, other)
-        return meant and first.train.precision == "fp32"
+        """Whether a run's curve is held against the margin: in fp32, where a run before it is meant
+        to be the same and draws the same dropout masks."""
+        twin = self.twin(which)
+        first, other = self.runs[twin].config, self.runs[which].config
+        return twin != which and other.train.precision == "fp32" and _same_masks(first, other)
 
     def same_curve(self, which: int) -> bool | None:
-        """Whether a run's curve is within the margin; None where none is set."""
+        """Whether a run's curve is within the margin of its twin's; None where none is set."""
         if not self.judged(which):
             return None
-        curves = self.curves(which)
+        curves = self.curves(which, self.twin(which))
         return curves is not None and curves.early <= MARGIN
 
     def equivalence(self, which: int) -> Equivalence | None:
@@ -167,12 +169,9 @@ class Comparison:
     def ratio(self, which: int, to: int = 0) -> tuple[float, Interval] | None:
         """Median over the rounds of a run's speed / that of run `to`, and its bootstrap interval;
         None without rounds."""
-        return self._ratios[which][to] if self.rounds else None
-
-    @cached_property
-    def _ratios(self) -> list[list[tuple[float, Interval]]]:
-        speeds = self._by_run
-        return [[statistics.ratio(a, b) for b in speeds] for a in speeds]
+        if self.rounds and (which, to) not in self._ratios:
+            self._ratios[which, to] = statistics.ratio(self._by_run[which], self._by_run[to])
+        return self._ratios.get((which, to))
 
     def outpaces(self, which: int, to: int = 0) -> bool | None:
         """Whether a run is faster (True) or slower (False) than run `to`: where the interval of
@@ -185,9 +184,12 @@ class Comparison:
     @property
     def faster(self) -> int | None:
         """The run that is faster than every other; None if there is none."""
-        every = range(len(self.runs))
-        found = [i for i in every if all(self.outpaces(i, j) for j in every if j != i)]
-        return found[0] if found and len(self.runs) > 1 else None
+        if len(self.runs) < 2 or not self.rounds:
+            return None
+        medians = [self.ratio(i) or (0.0,) for i in range(len(self.runs))]
+        first = max(range(len(medians)), key=lambda i: medians[i][0])
+        rest = [i for i in range(len(self.runs)) if i != first]
+        return first if all(self.outpaces(first, i) for i in rest) else None
 
     @property
     def together(self) -> float | None:

@@ -1,13 +1,15 @@
 """The figures of a comparison for programs: `report.json`, and what `--json` prints.
 
-`docs/report.schema.json` is the JSON Schema of `Report`; `docs/report-json.md` says it in words.
+`docs/report.schema.json` is its JSON Schema, as `python -m horovod_lm.report.schema` prints it;
+`docs/report-json.md` says it in words.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from horovod_lm.report.curves import MARGIN, MARGIN_STEPS
 from horovod_lm.statistics import Equivalence, Interval
@@ -35,8 +37,11 @@ class Estimate(_Figures):
 
 
 class CurveFigures(_Figures):
-    """The absolute difference of a loss curve to the baseline's, in nats."""
+    """The absolute difference of two loss curves, in nats."""
 
+    against: str = Field(
+        description="the first variant that is meant to train the same, or else the baseline"
+    )
     largest: float = Field(description="over all steps")
     at: int = Field(description="the step of the largest")
     early: float = Field(description="the largest of the first steps, which the margin is for")
@@ -158,6 +163,12 @@ class Unfinished(_Figures):
     message: str
 
 
+def json_schema() -> str:
+    """The JSON Schema of whatever `report.json` may hold, as text."""
+    schema = TypeAdapter(Report | Unfinished).json_schema(mode="serialization")
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
 def make_report(comparison: Comparison) -> Report:
     """All figures of a comparison."""
     labels, faster = comparison.labels, comparison.faster
@@ -225,25 +236,33 @@ def _variant(comparison: Comparison, which: int) -> VariantFigures:
 
 
 def _estimate(found: tuple[float, Interval] | None) -> Estimate | None:
-    return None if found is None else Estimate(median=found[0], **vars(found[1]))
+    if found is None:
+        return None
+    return Estimate(median=found[0], **vars(found[1]))
 
 
 def _curves(comparison: Comparison, which: int) -> CurveFigures | None:
-    found = comparison.curves(which)
-    return (
-        None
-        if found is None
-        else CurveFigures(
-            largest=found.largest, at=found.at, early=found.early, same=comparison.same_curve(which)
-        )
+    twin = comparison.twin(which)
+    against = 0 if twin == which else twin
+    found = comparison.curves(which, against)
+    if found is None:
+        return None
+    return CurveFigures(
+        against=comparison.labels[against],
+        largest=found.largest,
+        at=found.at,
+        early=found.early,
+        same=comparison.same_curve(which),
     )
 
 
 def _equivalence(found: Equivalence | None) -> EquivalenceFigures | None:
-    return (
-        None
-        if found is None
-        else EquivalenceFigures(
-            mean=found.mean, margin=found.margin, same=found.same, **vars(found.interval)
-        )
+    if found is None:
+        return None
+    return EquivalenceFigures(
+        mean=found.mean, margin=found.margin, same=found.same, **vars(found.interval)
     )
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

@@ -60,15 +60,19 @@ def _loss_lines(comparison: Comparison) -> list[Line]:
     lines = [Line("loss of the last step, nats", loss, _differences(loss), 4)]
     curves = [comparison.curves(which) for which in comparison.others]
     if any(curves):
-        texts = [f"≤ {found.largest:.1e} apart" if found else "–" for found in curves]
+        texts = [_apart(found.largest) if found else "–" for found in curves]
         lines.append(Line("loss curves", ("",) * len(comparison.runs), tuple(texts)))
     lines += [
         Line("validation loss, nats per token", validation, _differences(validation), 4),
         Line("  share of the unigram entropy", shares, (), 3),
     ]
     if len(comparison.seeds) > 1:
-        lines.append(_seeds_line(comparison))
+        lines += _seeds_lines(comparison)
     return lines
+
+
+def _apart(largest: float) -> str:
+    return f"≤ {largest:.1e} apart" if largest else "equal"
 
 
 def _share(run: Run) -> float | None:
@@ -77,18 +81,29 @@ def _share(run: Run) -> float | None:
     return validation / entropy if validation is not None and entropy else None
 
 
-def _seeds_line(comparison: Comparison) -> Line:
+def _seeds_lines(comparison: Comparison) -> list[Line]:
     means: list[float | None] = []
     for which in range(len(comparison.runs)):
         finals = [runs[which].final_loss for runs in comparison.seeds]
         known = [loss for loss in finals if loss is not None]
         means.append(sum(known) / len(known) if len(known) == len(finals) else None)
     tests = [comparison.equivalence(which) for which in comparison.others]
-    texts = [
-        f"{t.interval.low:+.1e} to {t.interval.high:+.1e}" if t is not None else "–" for t in tests
+    lines = [
+        Line(
+            f"final loss, mean of {len(comparison.seeds)} seeds",
+            tuple(means),
+            tuple("–" if test is None else f"difference {test.mean:+.1e}" for test in tests),
+            4,
+        )
     ]
-    words = f"final loss, mean of {len(comparison.seeds)} seeds"
-    return Line(words, tuple(means), tuple(texts), 4)
+    if known_tests := [test for test in tests if test is not None]:
+        level = 100 * known_tests[0].interval.level
+        spans = [
+            "–" if t is None else f"{t.interval.low:+.1e} to {t.interval.high:+.1e}" for t in tests
+        ]
+        words = f"  {level:.0f}% interval of the difference"
+        lines.append(Line(words, ("",) * len(comparison.runs), tuple(spans)))
+    return lines
 
 
 def _speed_lines(comparison: Comparison) -> list[Line]:

@@ -40,57 +40,77 @@ def _alone(comparison: Comparison) -> str:
 def _about_curves(comparison: Comparison) -> list[str]:
     """Those that are the same in one sentence, then each that differs, then those without a
     margin."""
-    same, apart, free = [], [], []
+    same: dict[int, list[int]] = {}  # by the run that they are meant to be the same as
+    apart, free, others = [], [], []
     for which in comparison.others:
-        if comparison.curves(which) is None:
-            pair = _pair(comparison, which)
+        twin = comparison.twin(which)
+        if twin == which:
+            others.append(which)
+        elif comparison.curves(which, twin) is None:
+            pair = _pair(comparison, twin, which)
             apart.append(f"No step has a finite loss in {pair}, so the curves can't be compared.")
         elif comparison.same_curve(which):
-            same.append(which)
+            same.setdefault(twin, []).append(which)
         elif comparison.same_curve(which) is None:
-            free.append(_without_margin(comparison, which))
+            free.append(_without_margin(comparison, twin, which))
         else:
-            apart.append(_differ(comparison, which))
-    together = [_train_the_same(comparison, same)] if same else []
-    return [*together, *apart, *free]
+            apart.append(_differ(comparison, twin, which))
+    together = [_train_the_same(comparison, twin, whiches) for twin, whiches in same.items()]
+    return [*together, *apart, *free, *([_train_others(comparison, others)] if others else [])]
 
 
-def _train_the_same(comparison: Comparison, same: list[int]) -> str:
-    curves = [found for which in same if (found := comparison.curves(which))]
-    if len(comparison.runs) == 2:
-        who, theirs = _capital(_pair(comparison, same[0])), "their loss curves differ"
+def _train_the_same(comparison: Comparison, twin: int, same: list[int]) -> str:
+    curves = [found for which in same if (found := comparison.curves(which, twin))]
+    first = comparison.names[twin]
+    if len(same) == 1:
+        who, whose = _capital(_pair(comparison, twin, same[0])), "their loss curves"
+        differ = "differ"
     else:
         whole = len(same) == len(comparison.others)
-        listed = listing([comparison.names[i] for i in (0, *same)])
+        listed = listing([comparison.names[i] for i in (twin, *same)])
         who = f"All {len(comparison.runs)}" if whole else listed
-        theirs = f"their loss curves differ from that of {comparison.names[0]}"
-    return f"{who} train the same model: {theirs} {_extent(curves)}."
+        whose, differ = "their loss curves", f"differ from that of {first}"
+    if not max(found.largest for found in curves):
+        steps = max(found.steps[-1] for found in curves)
+        return f"{who} train the same model: {whose} are equal over {count(steps, 'step')}."
+    return f"{who} train the same model: {whose} {differ} {_extent(curves)}."
 
 
-def _differ(comparison: Comparison, which: int) -> str:
-    curves = comparison.curves(which)
+def _differ(comparison: Comparison, twin: int, which: int) -> str:
+    curves = comparison.curves(which, twin)
     assert curves is not None
     return (
-        f"{_capital(_pair(comparison, which))} differ: their loss curves are apart "
+        f"{_capital(_pair(comparison, twin, which))} differ: their loss curves are apart "
         f"{_extent([curves])}, more than the {MARGIN:.0e} nats of rounding, for the first time at "
         f"step {curves.leaves_at}."
     )
 
 
-def _without_margin(comparison: Comparison, which: int) -> str:
-    curves, run = comparison.curves(which), comparison.runs[which]
+def _without_margin(comparison: Comparison, twin: int, which: int) -> str:
+    curves, precision = (
+        comparison.curves(which, twin),
+        comparison.runs[which].config.train.precision,
+    )
     assert curves is not None
-    differ = f"the loss curves of {_pair(comparison, which)} differ {_extent([curves])}"
-    if keys := comparison.changed(which):
-        many = listing(keys) if len(keys) <= 3 else f"{len(keys)} keys"
-        text = f"{_capital(differ)}; they are to train differently ({many}), so no margin is set"
-        return f"{text}." if len(comparison.seeds) > 1 else f"{text}: --seeds compares their ends."
-    if run.config.train.precision != "fp32":
+    differ = f"the loss curves of {_pair(comparison, twin, which)} differ {_extent([curves])}"
+    if precision != "fp32":
         return (
-            f"In {run.config.train.precision} {differ}; each framework rounds in its own way "
-            f"there, so no margin is set."
+            f"In {precision} {differ}; each framework rounds in its own way there, so no margin is "
+            f"set."
         )
     return f"With dropout masks of their own {differ}, and no margin is set."
+
+
+def _train_others(comparison: Comparison, others: list[int]) -> str:
+    """Of those that are to train something else than the first."""
+    keys = list(dict.fromkeys(key for which in others for key in comparison.changed(which)))
+    many = listing(keys) if len(keys) <= 3 else f"{len(keys)} keys"
+    first, who = comparison.names[0], listing([comparison.names[i] for i in others])
+    curves = [found for which in others if (found := comparison.curves(which))]
+    differ = f"; the loss curves differ {_extent(curves)}" if curves else ""
+    seeds = "" if len(comparison.seeds) > 1 else ". Whether they end alike --seeds can say"
+    verb = "are" if len(others) > 1 else is_are(who)
+    return f"{who} {verb} to train otherwise than {first} ({many}){differ}{seeds}."
 
 
 def _extent(curves: Sequence[Curves]) -> str:
@@ -102,7 +122,7 @@ def _extent(curves: Sequence[Curves]) -> str:
             f"by up to {early:.1e} nats over the first {MARGIN_STEPS} steps and {largest:.1e} over "
             f"all {last}"
         )
-    return f"by up to {largest:.1e} nats over {last} steps"
+    return f"by up to {largest:.1e} nats over {count(last, 'step')}"
 
 
 def _about_seeds(comparison: Comparison) -> list[str]:
@@ -172,20 +192,21 @@ def _about_speed(comparison: Comparison) -> list[str]:
 
 
 def _about_speeds(comparison: Comparison) -> list[str]:
-    clauses = []
+    clauses, level = [], 0.0
     for which in comparison.others:
+        found = comparison.ratio(which)
+        assert found is not None
+        level = found[1].level
         outpaces = comparison.outpaces(which)
-        word = {True: "faster, ", False: "slower, ", None: "not shown to differ, "}[outpaces]
-        clauses.append(
-            f"{comparison.names[which]} is {word}{_ratio(comparison, which, 0)} times "
-            f"({_interval(comparison, which, 0)})"
-        )
+        word = {True: "faster", False: "slower", None: "no difference shown"}[outpaces]
+        clauses.append(f"{comparison.names[which]} {found[0]:.2f} ({span(found[1])}; {word})")
     sentences = [
-        f"Against the speed of {comparison.names[0]}, over {len(comparison.rounds)} rounds: "
-        f"{'; '.join(clauses)}."
+        f"In times the speed of {comparison.names[0]}, with {100 * level:.0f}% intervals over "
+        f"{count(len(comparison.rounds), 'round')}: {', '.join(clauses)}."
     ]
     if comparison.faster is not None:
-        sentences.append(f"The fastest of all is {comparison.names[comparison.faster]}.")
+        name = comparison.names[comparison.faster]
+        sentences.append(f"{name} {is_are(name)} faster than every other.")
     return sentences
 
 
@@ -241,17 +262,23 @@ def _interval(comparison: Comparison, which: int, to: int) -> str:
 def span(interval: Interval) -> str:
     """Both ends of the interval of a ratio, with so many decimals that neither is rounded to 1."""
     places = 2
-    while places < 5 and 1.0 in (round(interval.low, places), round(interval.high, places)):
+    ends = [end for end in (interval.low, interval.high) if end != 1]
+    while places < 5 and any(round(end, places) == 1 for end in ends):
         places += 1
     return f"{interval.low:.{places}f} to {interval.high:.{places}f}"
 
 
-def _pair(comparison: Comparison, which: int) -> str:
+def _pair(comparison: Comparison, first: int, second: int) -> str:
     """Both runs, as the subject of a sentence."""
-    configs = [comparison.runs[i].config for i in (0, which)]
+    configs = [comparison.runs[i].config for i in (first, second)]
     if len(comparison.runs) == 2 and differing_keys(configs) == ["launch.backend"]:
         return "the two backends"
-    return f"{comparison.names[0]} and {comparison.names[which]}"
+    return f"{comparison.names[first]} and {comparison.names[second]}"
+
+
+def is_are(name: str) -> str:
+    """The verb after a name: `2 ranks` is plural."""
+    return "are" if name.endswith("ranks") else "is"
 
 
 def _capital(text: str) -> str:

@@ -2,16 +2,18 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from horovod_lm.report.curves import MARGIN
+from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import Follower, Slice, tokens_per_second, whole_steps
-from horovod_lm.report.schema import Report
+from horovod_lm.report.schema import Report, VariantFigures, json_schema
 from horovod_lm.report.table import aligned
 from horovod_lm.report.terminal import WIDTH, print_results
-from tests.unit.report_runs import make_comparison
+from tests.unit.report_runs import BACKENDS, make_comparison, make_profile, make_variants
 
 RATIOS = (1.08, 1.13, 1.1, 1.1, 1.12, 1.09)
 
@@ -167,3 +169,225 @@ def test_report_json_can_be_read_back(tmp_path):
     assert first["validation_loss"] == 4.6 and first["ratio"] is None
     assert second["ratio"]["median"] == pytest.approx(1 / 1.1)
     assert second["values"] == {"launch.backend": "tensorflow"} and second["changed"] == []
+
+
+def test_the_schema_in_the_documents_is_that_of_the_report():
+    path = Path(__file__).parents[2] / "docs" / "report.schema.json"
+    assert path.read_text() == json_schema(), (
+        f"python -m horovod_lm.report.schema > {path.relative_to(Path.cwd())}"
+    )
+
+
+def test_every_field_of_the_report_is_in_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "report-json.md").read_text()
+    for name in {*Report.model_fields, *VariantFigures.model_fields} - {"version"}:
+        assert f"`{name}`" in text, name
+
+
+# Several runs
+
+
+RANKS = [{"launch.ranks": ranks} for ranks in (1, 2, 4)]
+PRECISIONS = [{"train.precision": precision} for precision in ("fp32", "bf16")]
+GRID = [
+    {"launch.backend": backend, "model.norm_placement": placement}
+    for placement in ("pre", "post")
+    for backend in ("torch", "tensorflow")
+]
+
+
+def test_each_run_is_compared_with_the_first(tmp_path):
+    speeds = [(1.0, 1.8 + 0.01 * i, 1.0 + 0.01 * (i % 3 - 1)) for i in range(7)]
+    comparison = make_variants(tmp_path, RANKS, apart=(0, 1e-5, 2e-5), speeds=speeds)
+    assert comparison.names == ["1 rank", "2 ranks", "4 ranks"]
+    assert comparison.same is True and comparison.faster == 1
+    assert [comparison.outpaces(i) for i in (1, 2)] == [True, None]
+    assert comparison.curves(2).largest == pytest.approx(2e-5)
+    assert comparison.verdict == [
+        "All 3 train the same model: their loss curves differ from that of 1 rank by up to 2.0e-05 "
+        "nats over 120 steps.",
+        "In times the speed of 1 rank, with 95% intervals over 7 rounds: 2 ranks 1.83 (1.80 to "
+        "1.86; faster), 4 ranks 1.00 (0.99 to 1.01; no difference shown).",
+        "2 ranks are faster than every other.",
+    ]
+
+
+def test_a_grid_compares_curves_of_what_is_meant_to_be_the_same(tmp_path):
+    comparison = make_variants(tmp_path, GRID, apart=(0, 1e-5, 0.5, 0.5 + 2e-3))
+    assert [comparison.twin(i) for i in range(4)] == [0, 0, 2, 2]
+    assert [comparison.same_curve(i) for i in range(4)] == [None, True, None, False]
+    assert comparison.same is False
+    same, apart, others, *_ = comparison.verdict
+    assert same.startswith(
+        "PyTorch norm_placement=pre and TensorFlow norm_placement=pre train the same model: their "
+        "loss curves differ by up to 1.0e-05 nats"
+    )
+    assert apart.startswith("PyTorch norm_placement=post and TensorFlow norm_placement=post differ")
+    assert "2.0e-03 nats over 120 steps, more than the 1e-04" in apart
+    assert others == (
+        "PyTorch norm_placement=post is to train otherwise than PyTorch norm_placement=pre "
+        "(model.norm_placement); the loss curves differ by up to 5.0e-01 nats over 120 steps. "
+        "Whether they end alike --seeds can say."
+    )
+    figures = comparison.as_json()["variants"]
+    against = [variant["curves"] and variant["curves"]["against"] for variant in figures]
+    assert against == [None, "torch-pre", "torch-pre", "torch-post"]
+
+
+def test_what_differs_in_its_training_has_no_margin_of_curves(tmp_path):
+    comparison = make_variants(tmp_path, PRECISIONS, apart=(0, 0.3))
+    assert comparison.same is None and not comparison.judged(1)
+    assert comparison.changed(1) == ["train.precision"]
+
+
+def test_the_framework_s_own_dropout_is_no_reason_to_differ(tmp_path):
+    common = {"train.dropout_generator": "native", "model.dropout": 0.1}
+    comparison = make_variants(tmp_path, RANKS[:2], apart=(0, 0.3), common=common)
+    assert comparison.same is None
+    assert comparison.verdict[0].startswith("With dropout masks of their own the loss curves of")
+    common |= {"model.dropout": 0.0, "model.attention_dropout": 0.0}
+    other = make_variants(tmp_path / "no", RANKS[:2], apart=(0, 0.3), common=common)
+    assert other.same is False
+
+
+# Several seeds
+
+
+def test_final_losses_within_the_margin_are_the_same(tmp_path):
+    finals = [(4.600, 4.602), (4.620, 4.621), (4.590, 4.593)]
+    comparison = make_variants(tmp_path, PRECISIONS, finals=finals, margin=0.01)
+    test = comparison.equivalence(1)
+    assert test.mean == pytest.approx(2e-3) and test.same
+    assert comparison.same is True
+    assert comparison.verdict[1] == (
+        "Over 3 seeds the final loss of bf16 against fp32 is +2.0e-03 nats (90% interval +3.1e-04 "
+        "to +3.7e-03): the same, within 0.01 nats."
+    )
+    assert len(comparison.rounds) == 18  # those of every seed
+
+
+def test_a_difference_that_is_merely_not_found_is_not_the_same(tmp_path):
+    finals = [(4.60, 4.64), (4.62, 4.59)]  # mean 0.005, but far from sure
+    comparison = make_variants(tmp_path, PRECISIONS, finals=finals, margin=0.01)
+    assert abs(comparison.equivalence(1).mean) < 0.01
+    assert comparison.same is False
+    assert comparison.verdict[1].endswith("not shown to be the same within 0.01 nats.")
+
+
+def test_a_difference_beyond_the_margin_is_called_one(tmp_path):
+    finals = [(4.60, 4.70), (4.62, 4.721), (4.61, 4.711)]
+    comparison = make_variants(tmp_path, PRECISIONS, finals=finals, margin=0.01)
+    assert comparison.same is False
+    assert comparison.verdict[1].endswith("different by more than 0.01 nats.")
+
+
+def test_one_seed_says_nothing_of_final_losses(tmp_path):
+    comparison = make_variants(tmp_path, PRECISIONS, finals=[(4.6, 4.6)])
+    assert comparison.equivalence(1) is None and comparison.same is None
+    assert not any("seeds the final" in sentence for sentence in comparison.verdict)
+
+
+def test_equal_ends_do_not_hide_curves_that_differ(tmp_path):
+    finals = [(4.6, 4.6), (4.61, 4.61)]
+    comparison = make_variants(tmp_path, RANKS[:2], apart=(0, 0.2), finals=finals)
+    assert comparison.equivalence(1).same and comparison.same is False
+
+
+def test_a_seed_without_a_final_loss_is_no_claim(tmp_path):
+    finals = [(4.6, 4.6), (4.61, None)]
+    comparison = make_variants(tmp_path, PRECISIONS, finals=finals)
+    for run in comparison.seeds[1]:
+        run.record["loss"] = None
+    assert comparison.equivalence(1) is None
+    assert any("was not tested for equivalence" in sentence for sentence in comparison.verdict)
+
+
+# Profiles
+
+
+def test_the_kinds_that_make_the_difference_are_named(tmp_path):
+    profiles = [
+        make_profile(matrix_products=200.0, attention=50.0, optimizer=10.0),
+        make_profile(matrix_products=208.4, attention=49.6, optimizer=13.2, loss=0.8),
+    ]
+    comparison = make_variants(tmp_path, BACKENDS, speeds=[(1.1, 1)] * 6, profiles=profiles)
+    assert comparison.verdict[-1] == (
+        "In the profile a step of TensorFlow takes 12.0 ms longer than one of PyTorch: matrix "
+        "products +8.4, optimizer +3.2."
+    )
+    rows = {line.quantity.strip(): line for line in comparison.table}
+    assert rows["matrix products"].compared == ("+8.4 ms",)
+    assert rows["share of the ceiling"].values == ("80%", "80%")
+    assert rows["loss"].values == (None, 0.8)
+    figures = comparison.as_json()["variants"][1]["profile"]
+    assert figures["kinds"]["optimizer"]["ms"] == 13.2 and figures["steps"] == [118, 120]
+
+
+def test_a_profile_that_says_the_contrary_explains_nothing(tmp_path):
+    profiles = [make_profile(optimizer=12.0), make_profile(optimizer=10.0)]
+    comparison = make_variants(tmp_path, BACKENDS, speeds=[(1.1, 1)] * 6, profiles=profiles)
+    assert comparison.verdict[-1] == (
+        "The profile does not say why: its steps took 10.0 ms in TensorFlow and 12.0 ms in PyTorch."
+    )
+
+
+def test_without_a_difference_no_kind_is_named(tmp_path):
+    profiles = [make_profile(optimizer=10.0), make_profile(optimizer=12.0)]
+    comparison = make_variants(tmp_path, BACKENDS, profiles=profiles)
+    assert comparison.verdict[-1].startswith("No speed difference shown")
+
+
+# What is shown
+
+
+VARIANTS = {
+    2: BACKENDS,
+    3: RANKS,
+    4: GRID,
+    8: [{**variant, "launch.ranks": ranks} for variant in GRID for ranks in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("count", VARIANTS)
+def test_a_table_of_any_number_of_runs_fits_100_columns(tmp_path, count):
+    profiles = [make_profile(matrix_products=1234.5, attention=0.1)] * count
+    comparison = make_variants(
+        tmp_path,
+        VARIANTS[count],
+        apart=[1e-3 * i for i in range(count)],
+        finals=[[4.6 + 0.001 * i * seed for i in range(count)] for seed in (1, 2, 3)],
+        speeds=[[1 + 0.1 * i for i in range(count)]] * 6,
+        profiles=profiles,
+    )
+    file = io.StringIO()
+    print_results(comparison, Console(file=file, width=WIDTH))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text  # nothing was cut
+    for name in comparison.names:
+        assert name.split()[0] in text
+    assert " ".join(comparison.verdict) in " ".join(text.split())
+    Report.model_validate(json.loads(json.dumps(comparison.as_json(), allow_nan=False)))
+
+
+def test_one_run_alone_can_be_shown(tmp_path):
+    comparison = make_variants(tmp_path, RANKS[:1])
+    assert comparison.verdict == ["PyTorch trained 120 steps, to a loss of 4.6000 nats."]
+    assert comparison.same is None and comparison.faster is None
+    Report.model_validate(comparison.as_json())
+
+
+def test_runs_of_other_days_have_no_speeds_to_compare(tmp_path):
+    made = make_variants(tmp_path, BACKENDS)
+    comparison = Comparison(made.config, made.runs)
+    assert comparison.labels == ["torch", "tensorflow"]
+    assert comparison.faster is None and comparison.rounds == []
+    assert comparison.verdict[-1] == ("Speeds were not compared: these runs did not take turns.")
+    Report.model_validate(comparison.as_json())
+
+
+def test_runs_that_differ_in_nothing_are_told_apart_by_their_folders(tmp_path):
+    first = make_variants(tmp_path / "a", RANKS[:1])
+    second = make_variants(tmp_path / "b", RANKS[:1])
+    comparison = Comparison(first.config, [*first.runs, *second.runs], labels=["a", "b"])
+    assert comparison.names == ["PyTorch (a)", "PyTorch (b)"]
