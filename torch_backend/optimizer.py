@@ -14,7 +14,6 @@ from horovod_lm.backend import EngineSettings
 from horovod_lm.optimizers import moment_shapes
 from torch_backend.weights import Weights, own_name
 
-
 _PART = 2**16  # elements of one dot product in fp32; the rounding of more would show
 
 
