@@ -153,78 +153,7 @@ def test_initial_weights_follow_the_table():
             assert (array == (p.initialiser.kind == "ones")).all()
 
 
-# Dropout
-
-
-def masks(rate=0.1, **changes) -> tuple[np.ndarray, np.ndarray]:
-    """(rows x length, width) masks of residual site 1, and of the first layer's attention."""
-    spec = ModelSpec(**{**SPEC.model_dump(), "dropout": rate, "attention_dropout": rate})
-    arguments = {"seed": 1, "step": 7, "rows": np.arange(32), "length": 64, **changes}
-    drawn = dropout_words(spec, **arguments)
-    residual = keep_mask(drawn.residual_rows[1].reshape(-1), drawn.residual_columns[1], rate)
-    attention = keep_mask(drawn.attention_rows[0], drawn.attention_columns[0], rate)
-    return residual, attention
-
-
-def z(products: np.ndarray, variance: float) -> float:
-    """How many standard deviations the sum of independent products lies from 0."""
-    return abs(products.sum()) / math.sqrt(variance * products.size)
-
-
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
-def test_the_keep_rate(rate):
-    for mask in masks(rate):
-        assert z(mask - (1 - rate), rate * (1 - rate)) < 4
-
-
-def test_elements_are_independent():
-    rate, variance = 0.1, 0.09
-    for mask in masks(rate):
-        m = mask.reshape(-1, mask.shape[-1]) - (1 - rate)
-        for lag in (1, 2, 3, 8, 16, 32):
-            assert z(m[:, lag:] * m[:, :-lag], variance**2) < 4, f"columns {lag} apart"
-        for lag in (1, 2, 4, 64, 128, 512):  # 64: the next row of the batch
-            assert z(m[lag:] * m[:-lag], variance**2) < 4, f"rows {lag} apart"
-        # Rows and columns have one word each: rectangles must not show it.
-        square = m[1::2, 1::2] * m[::2, ::2] * m[1::2, ::2] * m[::2, 1::2]
-        assert z(square, variance**4) < 4
-        # and no row or column keeps more than it should
-        for axis in (0, 1):
-            sums = m.sum(axis)
-            spread = (sums**2).sum() / (variance * m.shape[axis])
-            assert abs(spread - sums.size) / math.sqrt(2 * sums.size) < 4
-
-
-@pytest.mark.parametrize("other", [{"step": 8}, {"seed": 2}, {"rows": np.arange(32, 64)}])
-def test_masks_of_other_keys_are_independent(other):
-    for one, two in zip(masks(), masks(**other), strict=True):
-        assert not np.array_equal(one, two)
-        assert z((one - 0.9) * (two - 0.9), 0.09**2) < 4
-
-
-def test_sites_are_independent():
-    drawn = dropout_words(SPEC, seed=1, step=7, rows=np.arange(32), length=64)
-    sites = [
-        keep_mask(rows, columns, 0.1) - 0.9
-        for rows, columns in zip(drawn.residual_rows, drawn.residual_columns, strict=True)
-    ]
-    layers = [
-        keep_mask(rows, columns, 0.1) - 0.9
-        for rows, columns in zip(drawn.attention_rows, drawn.attention_columns, strict=True)
-    ]
-    assert (len(sites), len(layers)) == (5, 2)
-    for group in (sites, layers):
-        for i, one in enumerate(group):
-            for two in group[:i]:
-                assert z(one * two, 0.09**2) < 4
-
-
-def test_heads_are_independent():
-    _, attention = masks()
-    heads = np.moveaxis(attention - 0.9, 1, 0)
-    for i, one in enumerate(heads):
-        for two in heads[:i]:
-            assert z(one * two, 0.09**2) < 4
+# Dropout: test_dropout_masks.py has the statistics
 
 
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 5], [3]])
