@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from horovod_lm.backend import Precision
+from horovod_lm.backend import EngineSettings, EngineState, Loss, MicroBatch, Precision
 from horovod_lm.bench.tools import Peer, Product
 from horovod_lm.config import Config
+from horovod_lm.optimizers import KEYS
+from horovod_lm.randomness import initial_weights
 from horovod_lm.spec import ModelSpec
 from torch_backend.communicator import Communicator
+from torch_backend.engine import Engine
 from torch_backend.precision import HALF_TYPES
 
 TRIALS = 3  # of each form of a product, to see which is the fastest here
@@ -27,8 +32,8 @@ class BenchTools:
 
     def peer(self, name: str, config: Config, threads: int) -> Peer:
         """The peer `name`, with new weights."""
-        if name == "ddp":
-            return _Distributed(config)
+        if name in _DISTRIBUTED:
+            return _DISTRIBUTED[name](config)
         make = _hugging_face if name.startswith("huggingface") else _Plain
         model = make(config.model).to(_device()).train()
         return _Peer(torch.compile(model) if name.endswith("compile") else model, config)
@@ -124,20 +129,79 @@ class _Peer:
         return data
 
 
-class _Distributed(_Peer):
-    """The plain model on the ranks that torchrun started, over Gloo."""
+class _Ranks:
+    """The ranks that torchrun started, over Gloo."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self) -> None:
         dist.init_process_group("gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        torch.manual_seed(config.train.seed)
-        super().__init__(nn.parallel.DistributedDataParallel(_Plain(config.model)), config)
 
     def broadcast(self, data: bytes) -> bytes:
         """`data` of rank 0."""
         box = [data]
         dist.broadcast_object_list(box)
         return box[0]
+
+
+class _PlainDistributed(_Ranks, _Peer):
+    """The plain model in DistributedDataParallel."""
+
+    def __init__(self, config: Config) -> None:
+        _Ranks.__init__(self)
+        _Peer.__init__(self, DistributedDataParallel(_Plain(config.model)), config)
+
+
+class _Wrapped(DistributedDataParallel):
+    """Our model, which its engine also asks for more than `forward`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.half = model.half  # the type of products, where a module has a method
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+class _OwnDistributed(_Ranks):
+    """Our own engine on each rank, but with DistributedDataParallel to reduce the gradients."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        train, optimizer = config.train, config.optimizer
+        settings = EngineSettings(
+            precision=train.precision,
+            seed=train.seed,
+            dropout_generator=train.dropout_generator,
+            **{key: getattr(optimizer, key) for key in KEYS["adamw"]},
+        )
+        self._rate, self._max_norm = optimizer.learning_rate, train.max_norm
+        # The engine takes itself for the only rank: its sum over ranks is what DDP has left it.
+        alone = SimpleNamespace(rank=0, size=1, reduce_in_place=lambda buffer: None)
+        self._engine = Engine(config.model, settings, alone, torch.device("cpu"))
+        self._engine.load_state(EngineState(initial_weights(config.model, train.seed)))
+        self._engine.model = _Wrapped(self._engine.model)
+        self._step = 0
+
+    def step(self, tokens: np.ndarray) -> float:
+        """One training step; the loss of this rank."""
+        targets = np.ascontiguousarray(tokens[:, 1:])
+        weights = np.ones(targets.shape, np.float32)
+        # DDP takes the mean over ranks, which all have as many targets.
+        loss = Loss("lm", "lm", targets, weights, normaliser=float(targets.size))
+        rows = np.arange(len(tokens), dtype=np.int64) + self.rank * len(tokens)
+        self._engine.forward_backward(
+            MicroBatch({"tokens": tokens[:, :-1]}, rows, (loss,)), self._step, 1.0
+        )
+        reduced = self._engine.reduce_gradients()
+        self._engine.apply_gradients(self._rate, self._max_norm)
+        self._step += 1
+        return reduced.losses["lm"]
+
+
+_DISTRIBUTED = {"ddp": _PlainDistributed, "ddp-own": _OwnDistributed}
 
 
 def _hugging_face(spec: ModelSpec) -> nn.Module:

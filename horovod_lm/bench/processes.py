@@ -172,6 +172,8 @@ class Process:
         answer: dict[str, Any] = json.loads(line)
         if "mistake" in answer:
             raise UserError(answer["mistake"])
+        if "failure" in answer:
+            raise RunFailed(f"{self.name} failed: {answer['failure']}")
         return answer
 
     def _sleep(self) -> None:

@@ -11,7 +11,7 @@ from horovod_lm.bench.processes import Process, Stage, Turns
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
 from horovod_lm.bench.throughput import BACKENDS, WORKS, check_peers, with_keys
-from horovod_lm.bench.tools import DISTRIBUTED
+from horovod_lm.bench.tools import DISTRIBUTED, PeerKind
 from horovod_lm.bench.training import arguments
 from horovod_lm.config import Config
 from horovod_lm.errors import UserError
@@ -64,17 +64,18 @@ def scaling(
     launchers: Sequence[str],
     modes: Sequence[str],
     backends: Sequence[str],
-    peers: bool,
+    peers: Sequence[str],
     rounds: int,
     seconds: float,
 ) -> BenchResult:
     """Measure the backends on each number of ranks (1 is always measured) under each launcher, with
-    `launch.threads` (default 1) threads a rank, all interleaved. `peers`: whether the plain torch
-    model in DistributedDataParallel takes part, which torchrun starts.
+    `launch.threads` (default 1) threads a rank, all interleaved. `peers` are names of
+    `DISTRIBUTED`.
 
     Raises `UserError` for a batch that the ranks can't share.
     """
-    check_peers(config, [DISTRIBUTED] if peers else [])
+    kinds = {kind.name: kind for kind in DISTRIBUTED if kind.name in peers}
+    check_peers(config, list(kinds.values()))
     config = with_keys(config, train={"micro_batch_size": None})
     batch, threads = config.train.global_batch_size, config.launch.threads or 1
     if "strong" in modes and batch < max(ranks):
@@ -85,7 +86,8 @@ def scaling(
     several = sorted(set(ranks) - {1})
     jobs = [(backend, "mpirun", 1) for backend in backends]
     jobs += [(backend, name, n) for n in several for name in launchers for backend in backends]
-    jobs += [(DISTRIBUTED.name, "torchrun", n) for n in [1, *several] if peers]
+    jobs += [(name, "torchrun", n) for n in [1, *several] for name in kinds]
+    names = BACKENDS | {name: kind.label for name, kind in kinds.items()}
     count = sum(1 if n == 1 else len(modes) for _, _, n in jobs)
     turns = rounds * count
     lanes: list[Lane] = []
@@ -97,8 +99,10 @@ def scaling(
         for kind, launcher, n in jobs:
             sizes = {mode: batch * n if mode == "weak" else batch for mode in modes}
             sizes = {"weak": batch} if n == 1 else sizes
-            process = _start(stage, config, kind, launcher, n, threads, sizes)
-            name = BACKENDS.get(kind, DISTRIBUTED.label)
+            name = names[kind]
+            process = _start(
+                stage, f"{name} on {n}", config, kinds.get(kind, kind), launcher, n, threads, sizes
+            )
             for mode, size in sizes.items():
                 label = f"{name}, {launcher}, {n}, {mode}"
                 lane = Lane(name, launcher, n, mode, size, process.contestant(label, mode))
@@ -121,11 +125,11 @@ def scaling(
             "batch": batch,
         },
     )
-    _report(result, lanes, measured)
+    _report(result, lanes, measured, [kind.label for kind in kinds.values()])
     result.notes = [
         "Weak: every rank has the batch of one rank; strong: the ranks share it. "
         "Efficiency is the rate over ranks x the rate of one rank.",
-        f"{DISTRIBUTED.label} trains the plain torch model of `bench throughput` over Gloo.",
+        "DDP is torch's DistributedDataParallel over Gloo, started by torchrun.",
     ]
     if max(ranks) * threads > usable_cores():
         result.notes.append(
@@ -137,18 +141,18 @@ def scaling(
 
 def _start(
     stage: Stage,
+    name: str,
     config: Config,
-    kind: str,
+    kind: PeerKind | str,
     launcher: str,
     ranks: int,
     threads: int,
     sizes: dict[str, int],
 ) -> Process:
-    """The job of one contestant."""
-    name = f"{BACKENDS.get(kind, DISTRIBUTED.label)} on {ranks} under {launcher}"
-    if kind == DISTRIBUTED.name:
-        config = with_keys(config, launch={"backend": DISTRIBUTED.backend})
-        given = arguments(config, threads, peer=kind, sizes=sizes)
+    """The job of a peer, or of the backend `kind`."""
+    if isinstance(kind, PeerKind):
+        config = with_keys(config, launch={"backend": kind.backend})
+        given = arguments(config, threads, peer=kind.name, sizes=sizes)
         work = WORKS + "PeerTraining"
         return stage.start(name, work, given, threads=threads, ranks=ranks, torchrun=True)
     program, controller = LAUNCHERS[launcher]
@@ -159,9 +163,10 @@ def _start(
     return stage.start(name, work, given, config=config, threads=threads, ranks=ranks)
 
 
-def _report(result: BenchResult, lanes: Sequence[Lane], measured: Rounds) -> None:
+def _report(
+    result: BenchResult, lanes: Sequence[Lane], measured: Rounds, peers: Sequence[str]
+) -> None:
     """Add rows and ratios."""
-    by_label = {lane.label: lane for lane in lanes}
     single = {lane.name: lane.label for lane in lanes if lane.ranks == 1}
     for lane in lanes:
         value, interval = measured.ratio(lane.label, single[lane.name], 1 / lane.ranks)
@@ -186,9 +191,11 @@ def _report(result: BenchResult, lanes: Sequence[Lane], measured: Rounds) -> Non
         aim = EFFICIENCY_AIM if judged else None
         name = f"{lane.name} / {lane.ranks} x one rank"
         result.ratios.append(Ratio(name, value, interval, aim, where=where))
-        peer = f"{DISTRIBUTED.label}, torchrun, {lane.ranks}, {lane.mode}"
-        if peer in by_label and lane.label != peer:
-            value, interval = measured.ratio(lane.label, peer)
-            aim = PEER_AIM if judged else None
-            name = f"{lane.name} / DDP"
-            result.ratios.append(Ratio(name, value, interval, aim, where=where))
+        for peer in peers:
+            other = f"{peer}, torchrun, {lane.ranks}, {lane.mode}"
+            if lane.name not in peers:
+                value, interval = measured.ratio(lane.label, other)
+                aim = PEER_AIM if judged else None
+                result.ratios.append(
+                    Ratio(f"{lane.name} / {peer}", value, interval, aim, where=where)
+                )

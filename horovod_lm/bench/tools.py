@@ -69,7 +69,12 @@ PEERS = (
     PeerKind("kerashub", "KerasHub", "tensorflow", "keras_hub", _KERAS_HUB),
     PeerKind("kerashub-xla", "KerasHub, XLA", "tensorflow", "keras_hub", _KERAS_HUB),
 )
-DISTRIBUTED = PeerKind("ddp", "DistributedDataParallel", "torch", "torch")
+# torchrun starts these: the plain model, and our own torch model and optimizer, so that only the
+# reduction of gradients is another's.
+DISTRIBUTED = (
+    PeerKind("ddp", "plain torch in DDP", "torch", "torch"),
+    PeerKind("ddp-own", "our torch in DDP", "torch", "torch"),
+)
 
 
 class Peer(Protocol):

@@ -36,18 +36,27 @@ def main(address: str, work: str, arguments: str) -> None:
     """Make the work and serve turns until the driver goes away."""
     # torchrun, which starts some of the peers, tells the rank in another variable.
     rank = int(os.environ.get("RANK", place().rank))
-    module, _, name = work.partition(":")
     driver = None
     if rank == 0:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
         driver = connection.makefile("rw", encoding="utf-8")
-    begin = time.perf_counter()
     try:
-        made: Work = getattr(import_module(module), name)(**json.loads(arguments))
+        _serve(driver, work, json.loads(arguments))
     except UserError as error:
         _send(driver, {"mistake": str(error)})
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        # A launcher's own words may hide those of the rank that failed.
+        said = str(error).partition("\n")[0]
+        _send(driver, {"failure": f"{type(error).__name__}: {said}"})
+        raise
+
+
+def _serve(driver: Any, work: str, arguments: dict[str, Any]) -> None:
+    module, _, name = work.partition(":")
+    begin = time.perf_counter()
+    made: Work = getattr(import_module(module), name)(**arguments)
     _send(driver, {"seconds": time.perf_counter() - begin, "parts": list(made.parts)})
     pace: dict[str, float] = {}
     while True:

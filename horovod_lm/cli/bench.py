@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from horovod_lm.cli.common import json_option, load, set_option
+from horovod_lm.cli.common import backend_option, json_option, load, set_option
 
 if TYPE_CHECKING:
     from horovod_lm.bench.result import BenchResult
@@ -222,7 +222,7 @@ def loss_scaling(
 )
 @click.option("--modes", default="weak,strong", show_default=True, help="Of weak,strong.")
 @click.option("--backends", default="torch,tensorflow", show_default=True, help="Of these two.")
-@click.option("--peers", default="ddp", show_default=True, help="ddp or none.")
+@click.option("--peers", default="ddp,ddp-own", show_default=True, help="Of these two, or none.")
 def scaling(
     config: Path | None,
     rounds: int | None,
@@ -240,7 +240,8 @@ def scaling(
     """Speed on several ranks against one.
 
     Weak and strong scaling under each launcher, gloo being horovodrun over Gloo, and against
-    torch's DistributedDataParallel. One thread a rank, or launch.threads.
+    torch's DistributedDataParallel, with a plain torch model (ddp) and with our own (ddp-own).
+    One thread a rank, or launch.threads.
     """
     from horovod_lm.bench.scaling import LAUNCHERS, MODES
     from horovod_lm.bench.scaling import scaling as measure
@@ -251,7 +252,7 @@ def scaling(
         launchers=choices(launcher, tuple(LAUNCHERS), "--launcher"),
         modes=choices(modes, MODES, "--modes"),
         backends=choices(backends, ("torch", "tensorflow"), "--backends"),
-        peers=choices(peers, ("ddp", "none"), "--peers") == ["ddp"],
+        peers=[] if peers == "none" else choices(peers, ("ddp", "ddp-own"), "--peers"),
         rounds=rounds or (QUICK_ROUNDS if quick else 7),
         seconds=seconds or (QUICK_SECONDS if quick else 3.0),
     )
@@ -346,5 +347,82 @@ def checkpoint(
         folder=folder,
         rounds=rounds or (QUICK_ROUNDS if quick else 9),
         seconds=seconds or (QUICK_SECONDS if quick else 1.0),
+    )
+    finish(result, as_json, output)
+
+
+@command.command("cost-model")
+@bench_options
+@backend_option
+@click.option(
+    "--allreduce",
+    "allreduces",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="JSON of bench allreduce; default: measured here on 2 ranks. Repeatable.",
+)
+@click.option(
+    "--throughput",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON of bench throughput; default: a step is measured here.",
+)
+@click.option(
+    "--step-ms", type=click.FloatRange(0, min_open=True), help="A step's computation elsewhere."
+)
+@click.option("--link-gbit", default="10,25,100,200", show_default=True, help="Of each rank.")
+@click.option("--latency-us", type=click.FloatRange(0), default=10, show_default=True)
+@click.option("-np", "--ranks", default="8,16,32,64,128,256,512,1024", show_default=True)
+@click.option(
+    "--fusion-mb",
+    type=click.FloatRange(0),
+    default=0,
+    show_default=True,
+    help="Horovod's fusion buffer; 0: all gradients in one tensor, as here.",
+)
+@click.option(
+    "--cycle-ms", type=click.FloatRange(0), default=1, show_default=True, help="Horovod's cycle."
+)
+def cost_model(
+    config: Path | None,
+    rounds: int | None,
+    seconds: float | None,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    backend: str | None,
+    allreduces: tuple[Path, ...],
+    throughput: Path | None,
+    step_ms: float | None,
+    link_gbit: str,
+    latency_us: float,
+    ranks: str,
+    fusion_mb: float,
+    cycle_ms: float,
+) -> None:
+    """Foretell the efficiency of many ranks.
+
+    A model of the ring allreduce, fitted to measured allreduces and to a measured step, for links
+    of given speed.
+    """
+    from horovod_lm.bench.allreduce import QUICK_SIZES, SIZES
+    from horovod_lm.bench.cost_model import measure
+
+    last = ["launch.ranks=2", *([f"launch.backend={backend}"] if backend else [])]
+    result = measure(
+        settings(config, (*overrides, *last), quick),
+        allreduces=allreduces,
+        throughput=throughput,
+        step_seconds=None if step_ms is None else step_ms / 1e3,
+        sizes=QUICK_SIZES if quick else SIZES,
+        links=counts(link_gbit, "--link-gbit"),
+        latency=latency_us / 1e6,
+        ranks=counts(ranks, "--ranks"),
+        fusion=round(fusion_mb * 1e6),
+        cycle=cycle_ms / 1e3,
+        rounds=rounds or (QUICK_ROUNDS if quick else 7),
+        seconds=seconds or (QUICK_SECONDS if quick else 0.3),
     )
     finish(result, as_json, output)
