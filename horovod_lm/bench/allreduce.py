@@ -29,7 +29,8 @@ _RAW = {"raw MPI in place": "in place", "raw MPI out of place": "out of place", 
 class Horovod:
     """Allreduces by a backend, as its engine does them. A part is a number of bytes."""
 
-    def __init__(self, backend: str, threads: int) -> None:
+    def __init__(self, backend: str, threads: int, sizes: Sequence[int]) -> None:
+        self.parts = [str(size) for size in sizes]
         made = load_backend(backend, threads)
         self._tools, self._communicator = made.bench(), made.communicator()
         self._functions: dict[str, Callable[[], None]] = {}
@@ -51,7 +52,8 @@ class RawMPI:
     """`MPI_Allreduce` without Horovod, and copies of the same size on every rank at once. A part is
     a kind (`in place`, `out of place` or `copy`), a colon and a number of bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.parts = [f"{kind}:{size}" for kind in _RAW.values() for size in sizes]
         try:
             self._mpi: Any = import_module("mpi4py.MPI")
         except ImportError as error:
@@ -97,7 +99,11 @@ def measure(
     labels = [*_RAW, *(_name(*reducer) for reducer in reducers)]
     with Stage() as stage, Display(len(sizes) * len(labels) * rounds, "B") as display:
         raw = stage.start(
-            "raw MPI", f"{__name__}:RawMPI", {}, config=_over(config, "mpi"), ranks=ranks
+            "raw MPI",
+            f"{__name__}:RawMPI",
+            {"sizes": sizes},
+            config=_over(config, "mpi"),
+            ranks=ranks,
         )
         # By label, the process and how its parts begin.
         lanes = {label: (raw, f"{kind}:") for label, kind in _RAW.items()}
@@ -106,7 +112,7 @@ def measure(
             process = stage.start(
                 name,
                 f"{__name__}:Horovod",
-                {"backend": backend, "threads": threads},
+                {"backend": backend, "threads": threads, "sizes": sizes},
                 config=_over(config, transport),
                 threads=threads,
                 ranks=ranks,

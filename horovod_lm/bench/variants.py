@@ -1,0 +1,93 @@
+"""Variants of one training in one process, so that nothing but the variant differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from horovod_lm.bench.display import Display
+from horovod_lm.bench.processes import Stage
+from horovod_lm.bench.result import BenchResult, Column, Ratio
+from horovod_lm.bench.rounds import Rounds, interleave
+from horovod_lm.bench.training import OwnTraining
+from horovod_lm.config import Config
+
+
+class Variants:
+    """Our own trainings of several configs, by their names, which are the parts."""
+
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]], threads: int) -> None:
+        self.parts = list(configs)
+        self._trainings = {name: self.training(name, configs[name], threads) for name in configs}
+
+    def training(self, name: str, config: Mapping[str, Any], threads: int) -> OwnTraining:
+        """The training called `name`."""
+        return OwnTraining(config, threads)
+
+    def step(self, part: str) -> float:
+        """One step of a training's loop; its target tokens."""
+        return self._trainings[part].step("")
+
+    def broadcast(self, data: bytes) -> bytes:
+        """There is one rank only."""
+        return data
+
+
+def compare_variants(
+    result: BenchResult,
+    configs: Mapping[str, Config],
+    figures: Sequence[tuple[str, str, float | None]],
+    *,
+    backends: Sequence[str],
+    work: str = f"{__name__}:Variants",
+    rounds: int,
+    seconds: float,
+) -> BenchResult:
+    """Fill `result` with the step times of every config in every backend, on one rank.
+
+    Each of `figures` is a ratio of step times: the names of two configs, and the most that it
+    should be. `work` makes the `Variants` in a process for each backend.
+    """
+    config = next(iter(configs.values()))
+    threads, batch = config.launch.threads or 1, config.train.global_batch_size
+    tokens = batch * config.model.context
+    measured: dict[str, Rounds] = {}
+    with Stage() as stage, Display(len(backends) * len(configs) * rounds, "tokens") as display:
+        for backend in backends:
+            dumps = {
+                name: {
+                    **variant.model_dump(mode="json"),
+                    "launch": {**variant.launch.model_dump(mode="json"), "backend": backend},
+                }
+                for name, variant in configs.items()
+            }
+            process = stage.start(
+                backend,
+                work,
+                {"configs": dumps, "threads": threads},
+                config=config,
+                threads=threads,
+            )
+            contestants = [process.contestant(name, name) for name in configs]
+            measured[backend] = interleave(contestants, rounds, seconds, display.turn)
+    result.columns = [
+        Column("backend", "backend"),
+        Column("variant", "variant"),
+        Column("step_ms", "step, ms", 4),
+        Column("tokens_per_second", "tokens/s", 4),
+    ]
+    result.settings |= {"threads": threads, "rounds": rounds, "seconds": seconds}
+    result.settings |= {
+        "tokens_per_step": tokens,
+        "parameters": sum(p.size for p in config.model.parameters),
+    }
+    for backend, found in measured.items():
+        for name in configs:
+            rate = found.rate(name)
+            row = {"backend": backend, "variant": name}
+            result.rows.append(row | {"step_ms": 1e3 * tokens / rate, "tokens_per_second": rate})
+        for first, second, aim in figures:
+            value, interval = found.ratio(second, first)  # of times, so rates the other way round
+            label = f"step time, {first} / {second}"
+            result.ratios.append(Ratio(label, value, interval, aim, True, {"backend": backend}))
+    return result
