@@ -159,10 +159,12 @@ def ended(job: Job, limit: float = 90.0) -> Ended:
     return result
 
 
-def run_job(log: Path, arguments: Sequence[str], ranks: int, **options: Any) -> Ended:
+def run_job(
+    log: Path, arguments: Sequence[str], ranks: int, limit: float = 90.0, **options: Any
+) -> Ended:
     """`started`, then `ended`."""
     with started(log, arguments, ranks, **options) as job:
-        return ended(job)
+        return ended(job, limit)
 
 
 def run_plan(

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.parity.compare import within
 from tests.ranks.jobs import BACKENDS, losses, needs_horovod, rows, run_plan, write_tiny
 
 pytestmark = needs_horovod
@@ -85,7 +86,8 @@ def test_the_curve_does_not_depend_on_ranks_micro_batches_or_framework(backend, 
         folder, answers = done(backend, ranks)
         for name in names:
             assert [answer["error"] for answer in answers[name]] == [None] * ranks
-            assert difference(losses(folder / name), curve) < 1e-5
+            apart = difference(losses(folder / name), curve)
+            within(f"loss curve, {backend} on {ranks} ranks to torch on 1", apart, 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
