@@ -172,7 +172,8 @@ def attention(
     scores_BHLM = full(product(query_BHLK, keys_BHKM, half)) / math.sqrt(width)
     length, keys = tf.shape(scores_BHLM)[2], tf.shape(scores_BHLM)[3]
     later = tf.range(keys) > tf.range(length)[:, None] + (keys - length)
-    probabilities = tf.nn.softmax(tf.where(later, -math.inf, scores_BHLM))
+    infinity = tf.constant(math.inf, scores_BHLM.dtype)
+    probabilities = tf.nn.softmax(tf.where(later, -infinity, scores_BHLM))
     record_rows("attention.scores", scores_BHLM, 0, heads, site)
     record_rows("attention.probabilities", probabilities, 0, heads, site)
     if noise is not None:

@@ -66,10 +66,15 @@ def backends():
 
 @pytest.fixture(scope="session")
 def make_pair(backends):
-    def make(precision: str = "fp32", **changes) -> Pair:
+    def make(precision: str = "fp32", dropout_generator: str = "shared", **changes) -> Pair:
         small = {"vocabulary": 61, "context": 70, "width": 16, "layers": 2, "heads": 2}
         spec = ModelSpec(**(small | changes))
-        settings = EngineSettings(precision=precision, seed=SEED, weight_decay=0.1)
+        settings = EngineSettings(
+            precision=precision,
+            seed=SEED,
+            weight_decay=0.1,
+            dropout_generator=dropout_generator,
+        )
         engines = [b.engine(spec, settings, communicator) for b, communicator in backends]
         pair = Pair(spec, settings, *engines)
         pair.fresh()
