@@ -42,6 +42,11 @@ class Place:
         return f"{text} ({self.quantity})" if self.quantity else text
 
     @property
+    def noun(self) -> str:
+        """`words` within a sentence."""
+        return self.words if self.kind == "activation" else f"the {self.words}"
+
+    @property
     def share(self) -> float:
         """How much of its tolerance is used, over 1 where it is exceeded; inf where something is
         not finite."""
@@ -126,15 +131,15 @@ class Result:
         nearest = max(self.places, key=lambda place: place.share)
         return (
             f"The same: in {self.precision} all {len(self.places)} compared places of {other} are "
-            f"within tolerance of {one}; nearest to it is {nearest.words}, at "
+            f"within tolerance of {one}; nearest to it is {nearest.noun}, at "
             f"{nearest.share:.0%} of what is allowed."
         )
 
     def _differ(self, first: Place) -> str:
         one, other = self.backends
-        kinds = {place.kind for place in self.places[: self.places.index(first)]}
+        before = self.places[: self.places.index(first)]
+        kinds = {place.kind for place in before}
         agree = [f"{kind}s" for kind in KINDS if kind in kinds and kind != first.kind]
-        before = f"All {' and '.join(agree)} agree. " if agree else ""
         order = ", from the output back," if first.kind == "gradient" else ""
         if first.hidden:
             figure = (
@@ -143,10 +148,18 @@ class Result:
             )
         else:
             figure = f"{_figure(first.apart)}, allowed {first.tolerance:.1e}"
-        return (
-            f"{other} and {one} differ. {before}The first {first.kind} over its tolerance{order} "
-            f"is {first.words}: {figure}."
-        )
+        sentences = [
+            f"{other} and {one} differ.",
+            f"All {' and '.join(agree)} agree." if agree else "",
+            f"The first {first.kind} over its tolerance{order} is {first.noun}: {figure}.",
+        ]
+        if first.kind == "gradient" and "gradient" not in kinds:
+            sentences.append(
+                "It is the first of all, so look at the loss too: weights, normaliser, loss scale."
+            )
+        over = sum(place.share > 1 for place in self.places)
+        sentences.append(f"{over} of {len(self.places)} places are over.")
+        return " ".join(filter(None, sentences))
 
     def _referee(self) -> list[str]:
         if self.referee is None:

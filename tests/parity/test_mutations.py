@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a package compares all of its copies
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\
 [model]
@@ -50,8 +52,8 @@ print(json.dumps(results))
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` in a file of a backend's package, in all of its `times` places; `words`
-    are those of the first place where the copy differs."""
+    """`old`, which is there once, becomes `new` in a file of a backend's package; `words` are those
+    of the first place where the copy differs."""
 
     name: str
     package: str
@@ -59,12 +61,16 @@ class Mutation:
     old: str
     new: str
     words: str
-    times: int = 1
     sets: tuple[str, ...] = ()
 
     @property
     def entry(self) -> str:
         return f"{self.package.removesuffix('_backend')}_{self.name.replace(' ', '_')}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sources still have the place to break."""
+        return (ROOT / self.package / self.file).read_text().count(self.old) == 1
 
 
 def torch(*arguments: Any, **options: Any) -> Mutation:
@@ -96,9 +102,8 @@ MUTATIONS = [
     ),
     torch(
         "dropout by local rows", "engine.py",
-        "step, micro.rows,", "step, np.arange(len(micro.rows)),",
+        "settings.seed, micro.rows", "settings.seed, np.arange(len(micro.rows))",
         "embeddings after dropout",
-        times=2,
     ),
     torch(
         "dropout of the step before in training alone", "engine.py",
@@ -119,7 +124,7 @@ MUTATIONS = [
     ),
     torch(
         "scores over K", "layers.py",
-        "scale, boost = 1 / math.sqrt(width)", "scale, boost = 1 / width",
+        "1 / math.sqrt(width)", "1 / width",
         "block 1, attention scores",
     ),
     torch(
@@ -210,8 +215,8 @@ MUTATIONS = [
     ),
 ]  # fmt: skip
 CONTROLS = [
-    torch("as it is", "engine.py", "", "", ""),
-    tensorflow("as it is", "engine.py", "", "", ""),
+    torch("as it is", "engine.py", "class Engine", "class Engine", ""),
+    tensorflow("as it is", "engine.py", "class Engine", "class Engine", ""),
 ]
 
 
@@ -220,10 +225,7 @@ def install(mutation: Mutation, folder: Path) -> str:
     package = folder / mutation.entry.replace("-", "_")
     shutil.copytree(ROOT / mutation.package, package, ignore=shutil.ignore_patterns("__pycache__"))
     path = package / mutation.file
-    text = path.read_text()
-    if mutation.old:
-        assert text.count(mutation.old) == mutation.times, f"{mutation.file}: {mutation.old}"
-        path.write_text(text.replace(mutation.old, mutation.new))
+    path.write_text(path.read_text().replace(mutation.old, mutation.new))
     for path in package.glob("*.py"):
         path.write_text(path.read_text().replace(mutation.package, package.name))
     return f"{mutation.entry} = {package.name}.backend:Backend"
@@ -242,7 +244,7 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutations")
     (folder / "config.toml").write_text(CONFIG)
     write_text(folder)
-    everything = MUTATIONS + CONTROLS
+    everything = [mutation for mutation in MUTATIONS if mutation.fits] + CONTROLS
     metadata = folder / "mutated_backends-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(
@@ -261,7 +263,7 @@ def compared(tmp_path_factory):
             for m in everything
             if m.package == package
         }
-        environment = {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": f"{folder}"}
+        environment = {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": f"{folder}:{ROOT}"}
         result = subprocess.run(
             [sys.executable, "-c", DRIVER],
             input=json.dumps(jobs),
@@ -282,10 +284,11 @@ def compared(tmp_path_factory):
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.package}: {m.name}")
 def test_a_broken_copy_is_found_and_named(compared, mutation):
+    assert mutation.fits, f"{mutation.package}/{mutation.file} has not once: {mutation.old}"
     code, report = compared(mutation.package)[mutation.name]
     assert code == 3
     assert report["first"]["words"] == mutation.words
-    assert f"is {mutation.words}: " in report["verdict"][0]
+    assert f"{mutation.words}: " in report["verdict"][0]
     assert any("not a matter of rounding" in sentence for sentence in report["verdict"])
 
 

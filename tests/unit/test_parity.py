@@ -175,7 +175,7 @@ def test_the_same_is_said_with_the_nearest_place():
     assert result.same and result.first is None
     assert result.verdict[0] == (
         "The same: in fp32 all 3 compared places of mine are within tolerance of torch; nearest to "
-        "it is gradient of final norm bias, at 50% of what is allowed."
+        "it is the gradient of final norm bias, at 50% of what is allowed."
     )
 
 
@@ -188,7 +188,7 @@ def test_the_first_place_is_named_and_not_the_largest():
     assert not result.same
     assert result.verdict[0] == (
         "mine and torch differ. The first activation over its tolerance is block 2, attention "
-        "scores: 2.0e-04, allowed 1.0e-05."
+        "scores: 2.0e-04, allowed 1.0e-05. 2 of 5 places are over."
     )
     assert "not a matter of rounding" in result.verdict[2]
 
@@ -198,9 +198,16 @@ def test_a_gradient_is_named_from_the_output_back():
     result = Result(("torch", "mine"), "fp32", [GOOD[0], GOOD[1], bad], "torch")
     assert result.verdict[0] == (
         "mine and torch differ. All activations agree. The first gradient over its tolerance, from "
-        "the output back, is gradient of block 1, attention key kernel: 5.0e-01, allowed 1.0e-04."
+        "the output back, is the gradient of block 1, attention key kernel: 5.0e-01, allowed "
+        "1.0e-04. 1 of 3 places are over."
     )
     assert "its rounding is not" in result.verdict[2]
+
+
+def test_the_very_first_gradient_points_to_the_loss():
+    bad = place("gradient", "decoder.norm.bias", 0.5, 0.5)
+    result = Result(("torch", "mine"), "fp32", [GOOD[0], bad], "torch")
+    assert "It is the first of all, so look at the loss too" in result.verdict[0]
 
 
 def test_what_rounding_hides_is_found_in_fp64():
@@ -209,8 +216,8 @@ def test_what_rounding_hides_is_found_in_fp64():
     assert result.first is bad and bad.hidden
     assert result.verdict[0] == (
         "mine and torch differ. All activations and gradients agree. The first update over its "
-        "tolerance is update of embeddings, tokens (the first update, weights): 1.0e-09 in fp64, "
-        "allowed 1.9e-14; in fp32 rounding hides it (3.0e-08)."
+        "tolerance is the update of embeddings, tokens (the first update, weights): 1.0e-09 in "
+        "fp64, allowed 1.9e-14; in fp32 rounding hides it (3.0e-08). 1 of 4 places are over."
     )
 
 
