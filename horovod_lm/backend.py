@@ -161,7 +161,7 @@ class Engine(Protocol):
 
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site, in the order of
-        computation, fp32 (fp64 where the precision is); see `horovod_lm.parity` for the sites."""
+        computation, fp32 (fp64 where the precision is); docs/parity.md lists the sites."""
 
     def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         """Begin decoding after prompts (B, L) int32 of equal length: the (B, V) fp32 logits of the
