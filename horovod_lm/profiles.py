@@ -60,7 +60,7 @@ _SCOPES = {
 _OF_SCOPE = {word: kind for kind, words in _SCOPES.items() for word in words}
 
 # Names of operations in lower case, torch's without "aten::".
-_PRODUCT = re.compile(r"mm|addmm_?|_?(mkl)?(native)?_?(fused)?matmul")
+_PRODUCT = re.compile(r"mm|addmm_?|mkldnn::_linear_pointwise|_?(mkl)?(native)?_?(fused)?matmul")
 _NAMES = [
     (re.compile(pattern), kind)
     for pattern, kind in (
@@ -245,7 +245,7 @@ def trace_of(events: Sequence[Event]) -> Trace:
         row: dict[str, Any] = {
             "ph": "X",
             "name": event.name,
-            "cat": kind or "other",
+            "cat": kind or ("bookkeeping" if event.operation else "scope"),
             "pid": 0,
             "tid": threads[event.thread],
             "ts": (event.begin - base) / 1e3,

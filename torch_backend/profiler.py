@@ -70,7 +70,7 @@ def _events(trace: dict) -> list[Event]:
             else:
                 forward[number] = tuple(name for _, name in stack)
         thread = MAIN if row["tid"] == main else f"thread {row['tid']}"
-        event = _event(row, base, thread, row["name"].startswith("aten::"), scopes)
+        event = _event(row, base, thread, _is_operation(row["name"]), scopes)
         stack.append((row["ts"] + row["dur"], row["name"]))
         launchers[args.get("External id")] = event
         events.append(event)
@@ -80,6 +80,10 @@ def _events(trace: dict) -> list[Event]:
             stream = f"stream {row['args'].get('stream')}"
             events.append(_event(row, base, stream, True, (), launcher))
     return events
+
+
+def _is_operation(name: str) -> bool:
+    return "::" in name and not name.startswith(("autograd::", "torch::autograd::"))
 
 
 def _event(row, base, thread, operation, scopes, launcher=None) -> Event:
