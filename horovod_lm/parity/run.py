@@ -267,10 +267,10 @@ class Comparison:
         scale = rule.initial if self.precision == "fp16" else 1.0
         while True:
             reduced = [_backward(engine, micros, scale) for engine in self._engines[:2]]
-            low = self.precision != "fp16" or scale <= rule.minimum
-            if low or all(r.finite for r in reduced):
+            last = self.precision != "fp16" or scale <= rule.minimum
+            if last or all(r.finite for r in reduced):
                 break
-            scale *= rule.backoff_factor
+            scale = max(rule.minimum, scale * rule.backoff_factor)
         self.loss_scale = scale
         return reduced + [_backward(engine, micros, 1.0) for engine in self._engines[2:]]
 
