@@ -15,7 +15,6 @@ from horovod_lm.bench.tools import PEERS, PeerKind
 from horovod_lm.bench.training import arguments
 from horovod_lm.config import Config
 from horovod_lm.errors import UserError
-from horovod_lm.statistics import bootstrap
 from horovod_lm.topology import usable_cores
 
 WORKS = "horovod_lm.bench.training:"
@@ -75,7 +74,7 @@ def throughput(
         },
     )
     turns = rounds * sum(race.size for race in races)
-    with Display(turns, "") as display, Stage() as stage:
+    with Display(turns, "tokens") as display, Stage() as stage:
         display.say(
             f"{turns} turns of {seconds:g} s ({turns * seconds / 60:.1f} min), and the time in "
             f"which {sum(race.size for race in races)} contestants start and compile"
@@ -163,11 +162,13 @@ class Race:
                 threads=self.threads,
             )
             for part in process.parts:
-                label = name if work != "Ceiling" else f"products by {part}"
-                turns = process.contestant(label, part)
+                bare = work == "Ceiling"
+                label = f"products by {part}" if bare else name
+                turns = process.contestant(label, part, 1 / per_token if bare else 1.0)
                 self.turns.append(turns)
                 display.say(f"{label}: first step {turns.first_seconds:.1f} s")
 
+        per_token = self.config.model.flops_per_token()
         count = f"{self.threads} thread" + ("" if self.threads == 1 else "s")
         display.say(f"{count}, {self.precision}: starting")
         for precision in dict.fromkeys((self.precision, "fp32")):
@@ -194,36 +195,32 @@ class Race:
             "share_tensorflow": "products by TensorFlow",
         }
         for turns in self.turns:
-            bare = turns.label.startswith("products by ")
             row: dict[str, Any] = {
                 "threads": self.threads,
                 "precision": self.precision,
                 "contestant": turns.label,
+                "tokens_per_second": self.rounds.rate(turns.label),
+                "interval": self.rounds.interval(turns.label),
+                "rounds": self.rounds.rates(turns.label),
+                "flops_per_second": self.rounds.rate(turns.label) * per_token,
                 "first_seconds": turns.first_seconds,
                 "memory_mib": turns.memory_mib,
             }
             for key, ceiling in ceilings.items():
                 known = ceiling in self.rounds.samples
-                factor = 1.0 if bare else per_token
-                row[key] = self.rounds.ratio(turns.label, ceiling, factor)[0] if known else None
-            scale = per_token if bare else 1.0
-            rates = [rate / scale for rate in self.rounds.rates(turns.label)]
-            row["tokens_per_second"] = self.rounds.rate(turns.label) / scale
-            row["interval"] = bootstrap(rates)
-            row["flops_per_second"] = row["tokens_per_second"] * per_token
-            row["rounds"] = rates
+                row[key] = self.rounds.ratio(turns.label, ceiling)[0] if known else None
             result.rows.append(row)
-        result.ratios += self._ratios(per_token)
+        result.ratios += self._ratios()
 
-    def _ratios(self, per_token: float) -> list[Ratio]:
+    def _ratios(self) -> list[Ratio]:
         model = self.config.model
         aims = PEER_AIMS.get((model.width, model.layers, model.context), {})
         at_fp32 = self.precision == "fp32"
         ratios: list[Ratio] = []
 
-        def add(name: str, one: str, two: str, aim: float | None, factor: float = 1.0) -> None:
+        def add(name: str, one: str, two: str, aim: float | None) -> None:
             if two in self.rounds.samples:
-                value, interval = self.rounds.ratio(one, two, factor)
+                value, interval = self.rounds.ratio(one, two)
                 where = {"threads": self.threads, "precision": self.precision}
                 ratios.append(Ratio(name, value, interval, aim, where=where))
 
@@ -236,9 +233,9 @@ class Race:
         add("TensorFlow / torch backend", names[1], names[0], TWIN_AIM if at_fp32 else None)
         for backend, label in BACKENDS.items():
             aim = CEILING_AIMS[backend] if at_fp32 and aims else None
-            add(f"{label} / torch's products", label, "products by torch", aim, per_token)
-            add(f"{label} / oneDNN's products", label, "products by oneDNN", None, per_token)
-        add(f"{names[1]} / its products", names[1], "products by TensorFlow", None, per_token)
+            add(f"{label} / torch's products", label, "products by torch", aim)
+            add(f"{label} / oneDNN's products", label, "products by oneDNN", None)
+        add(f"{names[1]} / its products", names[1], "products by TensorFlow", None)
         if not at_fp32:
             for backend, label in BACKENDS.items():
                 aim = PRECISION_AIMS[self.precision]
