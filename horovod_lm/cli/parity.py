@@ -116,9 +116,11 @@ def _print(result: Result) -> None:
                 rows,
                 "ll" + "r" * (len(columns) - 2),
             )
-    if result.referee is not None:
-        click.echo(f"{one}, {other}: to the fp64 result of {result.referee}. in fp64: both there.")
-    for sentence in result.verdict:
+    legend = [
+        f"Columns {one} and {other}: how far from the fp64 result of {result.referee}; in fp64: "
+        "how far apart both are there."
+    ]
+    for sentence in legend * (result.referee is not None) + result.verdict:
         click.echo(fill(sentence, WIDTH, break_on_hyphens=False))
 
 

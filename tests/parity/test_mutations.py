@@ -178,7 +178,8 @@ MUTATIONS = [
     ),
     tensorflow(
         "scores without a scale", "layers.py",
-        "query = query * (1 / math.sqrt(width))", "query = query * 1.0",
+        "def attend(query, key, value):\n",
+        "def attend(query, key, value):\n        query = query * math.sqrt(width)\n",
         "block 1, attention scores",
     ),
     tensorflow(
