@@ -22,7 +22,7 @@ import re
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,7 +273,7 @@ def time_of_kinds(trace: Trace, steps: Sequence[Step]) -> list[dict[str, float]]
         for begin, end, present in _innermost(spans):
             changes += [(begin, 1, present), (end, -1, present)]
     changes.sort()
-    return [_shares(changes, step) for step in steps]
+    return list(_shares(changes, steps))
 
 
 def _innermost(spans: list[tuple[int, int, str | None]]) -> Iterable[tuple[int, int, str]]:
@@ -292,26 +292,32 @@ def _innermost(spans: list[tuple[int, int, str | None]]) -> Iterable[tuple[int, 
         stack.append((end, kind))
 
 
-def _shares(changes: list[tuple[int, int, str]], step: Step) -> dict[str, float]:
-    """The ms of each kind within a step."""
-    spent = dict.fromkeys(KINDS, 0.0)
+def _shares(
+    changes: list[tuple[int, int, str]], steps: Sequence[Step]
+) -> Iterator[dict[str, float]]:
+    """The ms of each kind within each step; `changes` say when one more or one less runs."""
     running: Counter[str] = Counter()
-    cursor = step.begin
-    for moment, change, kind in [*changes, (step.end, 0, OVERHEAD)]:
-        until = min(moment, step.end)
-        if until > cursor:
-            count = running.total()
-            for present, number in running.items():
-                spent[present] += (until - cursor) * number / count
-            if not count:
-                spent[OVERHEAD] += until - cursor
-            cursor = until
-        if moment >= step.end:
-            break
-        running[kind] += change
-        if not running[kind]:
-            del running[kind]
-    return {kind: ns / 1e6 for kind, ns in spent.items()}
+    index = 0
+    for step in steps:
+        spent = dict.fromkeys(KINDS, 0.0)
+        cursor = step.begin
+        while cursor < step.end:
+            moment = changes[index][0] if index < len(changes) else step.end
+            until = min(moment, step.end)
+            if until > cursor:
+                count = running.total()
+                for present, number in running.items():
+                    spent[present] += (until - cursor) * number / count
+                if not count:
+                    spent[OVERHEAD] += until - cursor
+                cursor = until
+            if moment < step.end:
+                _, change, kind = changes[index]
+                running[kind] += change
+                if not running[kind]:
+                    del running[kind]
+                index += 1
+        yield {kind: ns / 1e6 for kind, ns in spent.items()}
 
 
 def summary(

@@ -80,6 +80,15 @@ def test_only_the_time_inside_of_the_step_counts():
     assert time_of(events, 50, 300) == {"matrix products": 50 + 110, OVERHEAD: 90}
 
 
+def test_an_operation_may_reach_over_several_steps():
+    trace = trace_of([event("aten::mm", 0, 250), event("aten::copy_", 320, 330)])
+    steps = [Step(n, DAY + 100 * n, DAY + 100 * n + 90) for n in range(5)]
+    times = time_of_kinds(trace, steps)
+    assert [round(1e6 * t["matrix products"]) for t in times] == [90, 90, 50, 0, 0]
+    assert [round(1e6 * t["copies"]) for t in times] == [0, 0, 0, 10, 0]
+    assert [round(1e6 * sum(t.values())) for t in times] == [90] * 5
+
+
 def test_waiting_for_other_ranks_is_communication():
     events = [scope("optimizer", 0, 900), scope("communication", 100, 600)]
     events += [event("aten::mul_", 700, 800), event("aten::dot", 800, 850)]
