@@ -34,6 +34,7 @@ from horovod_lm.launch import (
     members,
     new_marker,
 )
+from horovod_lm.profiles import TRACE, merge_traces
 from horovod_lm.report.results import SEED_MARGIN, Comparison
 from horovod_lm.report.runs import WARM_UP, Follower, Run, Slice, read_run
 from horovod_lm.report.schema import Unfinished
@@ -42,6 +43,7 @@ from horovod_lm.run_folder import STATE
 from horovod_lm.statistics import LEAST_ROUNDS
 from horovod_lm.variants import Variant, display_name, display_names
 
+BACKENDS = ("torch", "tensorflow")  # our own
 REPORT = "report.json"
 # A sleeping job must not sleep so long that anything in it takes the others for dead.
 SLICE_SECONDS = 12.0
@@ -90,11 +92,14 @@ def compare(variants: Sequence[Variant], output: Path, options: Options) -> int:
     try:
         comparison = _run(variants, output, options, console, warnings)
         page = _write_report(comparison, output)
+        trace = _merge_traces(comparison, output)
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         _mark(output, "stopped" if stopped else "failed", str(error) or type(error).__name__)
         raise
     print_results(comparison, console)
+    if trace:
+        log(f"trace, for a viewer such as ui.perfetto.dev: {trace}")
     log(f"report: {page}")
     if options.as_json:
         sys.stdout.write((output / REPORT).read_text(encoding="utf-8"))
@@ -153,19 +158,14 @@ def _seeded(variant: Variant, number: int) -> Variant:
 
 def _profiled(variant: Variant) -> Variant:
     """The variant with a profile of its last steps, if it has enough of them and the config names
-    no others."""
-    steps, output = variant.config.train.steps, variant.config.output
-    if "profile" not in type(output).model_fields:
-        return variant
-    if _is_profiled(variant.config) or steps <= WARM_UP + PROFILED_STEPS:
+    no others. A backend that is not ours may have no profiler."""
+    config = variant.config
+    steps, output = config.train.steps, config.output
+    if output.profile or config.launch.backend not in BACKENDS or not _left(steps, True):
         return variant
     span = f"{steps - PROFILED_STEPS + 1}:{steps}"
     output = output.model_copy(update={"profile": span})
-    return replace(variant, config=variant.config.model_copy(update={"output": output}))
-
-
-def _is_profiled(config: Config) -> bool:
-    return getattr(config.output, "profile", None) is not None
+    return replace(variant, config=config.model_copy(update={"output": output}))
 
 
 def _of_other_data(configs: Sequence[Config]) -> list[Config]:
@@ -180,13 +180,13 @@ def check_installed(configs: Sequence[Config]) -> None:
         find_launcher(launcher)
     for backend in dict.fromkeys(config.launch.backend for config in configs):
         if backend not in backend_names():
-            if backend in ("torch", "tensorflow"):
+            if backend in BACKENDS:
                 raise UserError(f"backend {backend} is not installed; pip install horovod_lm")
             raise UserError(
                 f'launch.backend = "{backend}" is not a backend; installed are: '
                 f"{', '.join(backend_names())}"
             )
-        if backend in ("torch", "tensorflow") and find_spec(backend) is None:
+        if backend in BACKENDS and find_spec(backend) is None:
             raise UserError(
                 f"this comparison needs {display_name(backend)}, and {backend} is missing; "
                 f"pip install 'horovod_lm[{backend}]'"
@@ -264,6 +264,16 @@ def _write_report(comparison: Comparison, output: Path) -> Path:
     return page
 
 
+def _merge_traces(comparison: Comparison, output: Path) -> Path | None:
+    """One trace of all variants that were profiled, side by side."""
+    named = zip(comparison.runs, comparison.names, strict=True)
+    found = {run.folder / TRACE: name for run, name in named if (run.folder / TRACE).exists()}
+    if len(found) < 2:
+        return None
+    merge_traces(list(found), list(found.values()), output / TRACE)
+    return output / TRACE
+
+
 class _Driver:
     """The jobs of all variants with one seed, of which one at a time is awake.
 
@@ -297,8 +307,6 @@ class _Driver:
                     for which in range(len(self._jobs)):
                         self._start(which)
                     self._alternate()
-                    for which in range(len(self._jobs)):
-                        self._finish(which)
                 finally:
                     for job in self._jobs:
                         job.stop()
@@ -345,35 +353,40 @@ class _Driver:
             )
 
     def _alternate(self) -> None:
-        """Give all the steps that count to all in turns, in the same number of slices."""
+        """Give the rest of the steps to all in turns, in the same number of slices. The last one
+        goes on to the end of the run, so that no sleep lies in the steps that are profiled."""
         rounds, slices_of_a_round = self._plan()
-        count = rounds * slices_of_a_round
+        count = max(1, rounds * slices_of_a_round)
         order = range(len(self._jobs))
         for number in range(count):
             # They take turns at going first, so that a steady drift favours none.
             for which in order if number % 2 == 0 else reversed(order):
-                config = self._configs[which]
-                left = _left(config.train.steps, _is_profiled(config))
-                target = WARM_UP + left * (number + 1) // count
-                round_ = number // slices_of_a_round
-                state = f"round {round_ + 1} of {rounds}"
-                begin = time.time()
-                self._advance(which, target, state)
-                label = self._variants[which].label
-                self._slices.append(Slice(round_, label, begin, time.time()))
-                self._display.turn(which, self._followers[which], f"asleep after {state}")
+                last = number == count - 1
+                round_, share = number // slices_of_a_round, (number + 1) / count
+                if rounds:
+                    self._slice(which, round_, share, f"round {round_ + 1} of {rounds}", last)
+                if last:
+                    self._finish(which)
+
+    def _slice(self, which: int, round_: int, share: float, state: str, last: bool) -> None:
+        """One slice of a run, up to a share of its steps that count; then it sleeps, but for the
+        last one."""
+        config, follower = self._configs[which], self._followers[which]
+        target = WARM_UP + round(share * _left(config.train.steps, bool(config.output.profile)))
+        begin = time.time()
+        self._advance(which, target, state, sleep=not last)
+        self._slices.append(Slice(round_, self._variants[which].label, begin, time.time()))
+        if not last:
+            self._display.turn(which, follower, f"asleep after {state}")
 
     def _finish(self, which: int) -> None:
         """Let a job go on to its end: the steps that are profiled, the evaluation."""
-        if self._jobs[which].poll() is None:
-            self._advance(which, None, "finishing")
-        else:
-            self._ended(which)
+        self._advance(which, None, "finishing")
         self._display.turn(which, self._followers[which], "finished")
 
     def _plan(self) -> tuple[int, int]:
         """Rounds, and slices of each run in a round, from the speed of the first steps."""
-        left = min(_left(c.train.steps, _is_profiled(c)) for c in self._configs)
+        left = min(_left(c.train.steps, bool(c.output.profile)) for c in self._configs)
         if left == 0:
             return 0, 0
         short = min(LEAST_ROUNDS, left // LEAST_STEPS_OF_A_ROUND)
@@ -384,8 +397,8 @@ class _Driver:
         )
         return rounds, max(1, round(left * slowest / rounds / SLICE_SECONDS))
 
-    def _advance(self, which: int, target: int | None, state: str) -> None:
-        """Let one job run up to step `target`, or to its end, and sleep again."""
+    def _advance(self, which: int, target: int | None, state: str, sleep: bool = True) -> None:
+        """Let one job run up to step `target`, or to its end, and `sleep` again."""
         job, follower = self._jobs[which], self._followers[which]
         if job.asleep:
             job.resume()
@@ -399,7 +412,7 @@ class _Driver:
             if ended:
                 self._ended(which)
                 return
-        if job.poll() is None:
+        if sleep and job.poll() is None:
             job.pause()
 
     def _ended(self, which: int) -> None:

@@ -19,6 +19,7 @@ _BACKENDS = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 _CONTROLLERS = {"mpi": "MPI", "gloo": "Gloo"}
 # Keys whose values say by themselves what they are values of.
 _PLAIN = ("launch.backend", "launch.launcher", "launch.controller", "train.precision")
+_FOLLOWS = "model.vocabulary"  # data.vocabulary, and is never set
 _SEPARATE = ("name", "output")  # what two runs may differ in without being compared for it
 
 
@@ -85,7 +86,7 @@ def full_key(short: str) -> str:
     known = known_keys()
     if short in known:
         return short
-    found = [key for key in known if key.rpartition(".")[2] == short]
+    found = [key for key in known if key.rpartition(".")[2] == short and key != _FOLLOWS]
     if len(found) > 1:
         raise UserError(f"--vary {short} could be {' or '.join(found)}; say which")
     if not found:
@@ -148,7 +149,7 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
         for key in flat[0]
         if any(values[key] != flat[0][key] for values in flat)
         and key.partition(".")[0] not in _SEPARATE
-        and key != "model.vocabulary"  # it follows data.vocabulary
+        and key != _FOLLOWS
     ]
 
 

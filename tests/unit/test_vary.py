@@ -49,7 +49,7 @@ def test_both_backends_are_compared_by_default(load):
          ["learning_rate=0.001", "learning_rate=0.002"]),
         ("tied=true,false", ["tied-true", "tied-false"], ["tied=true", "tied=false"]),
         ("max_norm=0,1.0", ["max-norm-0", "max-norm-1.0"], ["max_norm=null", "max_norm=1.0"]),
-        ("data.vocabulary=300,400", ["vocabulary-300", "vocabulary-400"],
+        ("vocabulary=300,400", ["vocabulary-300", "vocabulary-400"],
          ["vocabulary=300", "vocabulary=400"]),
     ],
 )  # fmt: skip
