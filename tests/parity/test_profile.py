@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from horovod_lm.backend import EngineSettings, EngineState
-from horovod_lm.profiles import KINDS, OVERHEAD, Step, Trace, time_of_kinds
+from horovod_lm.profiles import KINDS, OVERHEAD, Step, Trace, time_of_kinds, trace_of
 from horovod_lm.spec import ModelSpec
 from tests.parity.conftest import micro_batch, starting_weights
 
@@ -89,3 +89,42 @@ def test_a_profiled_step_does_what_any_step_does(taken, backends, name):
     plain = engine.state()
     for key, weights in plain.weights.items():
         np.testing.assert_array_equal(weights, profiled.weights[key], err_msg=key)
+
+
+# As Kineto writes it for a step on a GPU, as far as it is read.
+def kineto(category, name, begin, length, thread=1, **args):
+    times = {"ts": 5e6 + begin, "dur": length}
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "pid": 1,
+        "tid": thread,
+        "args": args,
+        **times,
+    }
+
+
+def test_kernels_are_of_the_kind_of_the_operation_that_launched_them():
+    from torch_backend.profiler import _events
+
+    rows = [
+        kineto("user_annotation", "attention", 0, 40),
+        kineto("cpu_op", "aten::matmul", 5, 30, **{"External id": 1}),
+        kineto("cpu_op", "aten::bmm", 10, 20, **{"External id": 2, "Sequence number": 9}),
+        kineto("cpu_op", "BmmBackward0", 60, 20, 2, **{"Sequence number": 9, "Fwd thread id": 1}),
+        kineto("cpu_op", "aten::div", 65, 10, 2, **{"External id": 3, "Sequence number": 9}),
+        kineto("cuda_runtime", "cudaLaunchKernel", 12, 2, **{"External id": 2}),
+        kineto("kernel", "gemm", 20, 30, 7, **{"External id": 2, "stream": 7}),
+        kineto("gpu_memcpy", "Memcpy HtoD", 60, 5, 7, **{"External id": 77, "stream": 7}),
+        kineto("kernel", "vectorized", 70, 25, 7, **{"External id": 3, "stream": 7}),
+        {"ph": "M", "name": "process_name", "pid": 1, "args": {}},
+    ]
+    events = _events({"baseTimeNanoseconds": 1_700_000_000_000_000_000, "traceEvents": rows})
+    start = 1_700_000_005_000_000_000
+    (times,) = time_of_kinds(trace_of(events), [Step(1, start, start + 100_000)])
+    assert {kind: round(1e3 * ms) for kind, ms in times.items() if ms} == {
+        "attention": 30 + 25,
+        "copies": 5,
+        OVERHEAD: 40,
+    }
