@@ -8,7 +8,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 
-folders=(tests/unit tests/parity tests/ranks)
+folders=(tests/unit tests/parity tests/ranks tests/browser)
 stages=5
 if [[ "${1:-}" == --system ]]; then
     shift

@@ -20,8 +20,8 @@ from horovod_lm.errors import HorovodLmError
 from horovod_lm.topology import place
 
 COMMANDS = (
-    "doctor", "prepare", "train", "compare", "parity", "bench", "evaluate", "generate", "inspect",
-    "completion",
+    "doctor", "prepare", "train", "compare", "report", "parity", "bench", "evaluate", "generate",
+    "inspect", "completion",
 )  # fmt: skip
 
 EPILOG = """\b

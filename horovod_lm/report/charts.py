@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -21,6 +22,7 @@ from horovod_lm.report.drawing import (
     finish,
     label_ends,
     line_style,
+    log_scale,
     make_axes,
     style,
     thin,
@@ -87,14 +89,15 @@ def _losses(comparison: Comparison) -> Chart | None:
 
 
 def _apart(comparison: Comparison) -> Chart | None:
-    found = {i: curves for i in comparison.others if (curves := comparison.curves(i))}
+    found = {
+        i: c for i in comparison.others if (c := comparison.curves(i, _against(comparison, i)))
+    }
     steps, values = _by_step(
         [dict(zip(c.steps, c.differences, strict=True)) for c in found.values()], _DOTS
     )
     if not steps:
         return None
     figure, axes = make_axes("step", "|difference|, nats")
-    axes.set_yscale("log")
     ends = []
     for i, differences in zip(found, values, strict=True):
         # Dots: equal losses, at the floor, stand between others, and a line would be all spikes.
@@ -106,16 +109,21 @@ def _apart(comparison: Comparison) -> Chart | None:
     if any(comparison.judged(i) for i in found):
         axes.axhline(MARGIN, color=INK, linewidth=0.8, linestyle=":")
         ends.append(("margin", MARGIN, INK))
+    log_scale(axes)
     label_ends(axes, ends)
     farthest = "; ".join(
         f"{comparison.names[i]} {c.largest:.1e} nats at step {c.at}" for i, c in found.items()
     )
+    firsts = dict.fromkeys(comparison.names[_against(comparison, i)] for i in found)
+    whose = f"that of {next(iter(firsts))}"
+    if len(firsts) > 1:
+        whose = f"those of the first run that is meant to train the same ({', '.join(firsts)})"
     return finish(
         figure,
         "apart",
         "How far apart are they?",
-        f"Difference of the training losses to that of {comparison.names[0]}. At the farthest: "
-        f"{farthest}. Differences below {FLOOR:.0e} are drawn at it.",
+        f"Difference of the training losses to {whose}. At the farthest: {farthest}. Differences "
+        f"below {FLOOR:.0e} are drawn at it.",
         x="step",
         y="|difference|, nats",
         values=steps,
@@ -168,9 +176,13 @@ def _norms(comparison: Comparison) -> Chart | None:
     if not steps:
         return None
     figure, axes = make_axes("step", "gradient norm")
-    if all(np.nanmin(found) > 0 for found in values if not np.isnan(found).all()):
-        axes.set_yscale("log")
     _draw_lines(axes, steps, values)
+    known = np.concatenate(values)
+    known = known[~np.isnan(known)]
+    if known.min() > 0 and known.max() > 10 * known.min():
+        log_scale(axes)
+    else:
+        axes.set_ylim(0, 1.05 * known.max())
     label_ends(axes, _ends(comparison, values))
     return finish(
         figure,
@@ -194,7 +206,6 @@ def _scales(comparison: Comparison) -> Chart | None:
     )
     skipped = {i: [r["step"] for r in run.steps if r["overflow"]] for i, run in runs.items()}
     figure, axes = make_axes("step", "loss scale")
-    axes.set_yscale("log", base=2)
     _draw_lines(axes, steps, values, list(runs), drawstyle="steps-post")
     ends = _ends(comparison, values, list(runs))
     for i, run in runs.items():
@@ -202,6 +213,7 @@ def _scales(comparison: Comparison) -> Chart | None:
         if points:
             mark = "x" if i == 0 else "+"
             axes.plot(*zip(*points, strict=True), mark, color=colour(i), markersize=7)
+    log_scale(axes, base=2)
     label_ends(axes, ends)
     told = "; ".join(
         f"{comparison.names[i]} {count(len(found), 'step')}" for i, found in skipped.items()
@@ -224,14 +236,14 @@ def _scales(comparison: Comparison) -> Chart | None:
 
 def _weights(comparison: Comparison, which: int) -> Chart | None:
     """The drift of one run's weights from the baseline's, by layer."""
-    drift = weight_drift(comparison.runs[which], comparison.runs[0])
+    first = _against(comparison, which)
+    drift = weight_drift(comparison.runs[which], comparison.runs[first])
     if drift is None:
         return None
     kept = thin([np.array(values) for values in drift.layers.values()])
     steps = [drift.steps[i] for i in kept]
     layers = {n: np.maximum(np.array(v)[kept], FLOOR) for n, v in drift.layers.items()}
     figure, axes = make_axes("step", "‖difference‖ / ‖movement‖")
-    axes.set_yscale("log")
     blocks = [name for name in layers if "block" in name]
     ends = []
     for name, values in layers.items():
@@ -251,15 +263,16 @@ def _weights(comparison: Comparison, which: int) -> Chart | None:
         )
         if name not in blocks[1:-1]:
             ends.append((name, float(values[-1]), colour(which)))
+    log_scale(axes)
     label_ends(axes, ends)
-    pair = f"{comparison.names[which]} and {comparison.names[0]}"
+    pair = f"{comparison.names[which]} and {comparison.names[first]}"
     many = len(comparison.runs) > 2
     return finish(
         figure,
         f"weights{which}",
         f"Do the weights of {pair} drift apart?" if many else "Do the weights drift apart?",
         f"Norm of the difference of the weights of {pair}, divided by how far those of "
-        f"{comparison.names[0]} have moved since their start: at 1 they are as far apart as "
+        f"{comparison.names[first]} have moved since their start: at 1 they are as far apart as "
         f"training has taken them. The deeper the block, the stronger its line. Each norm is "
         f"estimated from {SIZE} sums, to within about {100 * ERROR:.0f}%.",
         x="step",
@@ -425,6 +438,13 @@ def _memory(comparison: Comparison) -> Chart | None:
 # What several charts share
 
 
+def _against(comparison: Comparison, which: int) -> int:
+    """The run that a run is compared with: the first that is meant to train the same, and the
+    baseline where there is none."""
+    twin = comparison.twin(which)
+    return 0 if twin == which else twin
+
+
 def _by_step(
     found: Sequence[Mapping[int, float]], points: int = POINTS
 ) -> tuple[list[int], list[np.ndarray]]:
@@ -545,7 +565,7 @@ def _bars(
             color=colour(i),
             fontsize=11,
         )
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), ["\n".join(textwrap.wrap(g, 20)) for g in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.02 * largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 # Okabe and Ito's colours, the light ones darkened until they can be read as text: told apart by
 # colour-blind eyes, and each with the one that the page shows in the dark.
@@ -100,12 +101,31 @@ def style() -> Iterator[None]:
 def make_axes(x: str, y: str, height: float = HEIGHT, whole: bool = True) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, and what they show; `whole`: x counts something."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    # The page's font may be taller than the one that the layout is made with.
+    figure.get_layout_engine().set(h_pad=6 / 72)  # type: ignore[union-attr, call-arg]
     axes = figure.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if whole else 4, integer=whole))
     axes.margins(x=0.02)
+    if "second" in (x.split() + y.split()):  # speeds are in thousands
+        (axes.yaxis if "second" in y else axes.xaxis).set_major_formatter("{x:,.0f}")
     return figure, axes
+
+
+def log_scale(axes: Axes, base: int = 10) -> None:
+    """Make y logarithmic, over whole powers: a part of a decade has no readable ticks."""
+    axes.set_yscale("log", base=base)
+    low, high = np.log(axes.get_ylim()) / math.log(base)
+    axes.set_ylim(float(base) ** np.floor(low), float(base) ** np.ceil(high))
+    axes.yaxis.set_major_formatter(lambda y, _: _power(base, round(math.log(y, base))))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _power(base: int, exponent: int) -> str:
+    """`10⁻⁴`: one text that can be selected, where matplotlib's own would be letters apart."""
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"{base}{str(exponent).translate(raised)}"
 
 
 def thin(series: Sequence[np.ndarray], points: int = POINTS) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from horovod_lm.report.charts import charts
 from horovod_lm.report.drawing import PALETTE
 from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import Row
-from horovod_lm.report.table import aligned, cell, count, expanded
+from horovod_lm.report.table import Line, aligned, cell, count
 from horovod_lm.variants import differing_keys, flat_values
 
 SCHEMA = 1
@@ -82,15 +83,14 @@ def _title(comparison: Comparison) -> str:
     return f"{comparison.config.name}: {who}{on}"
 
 
-def _lines(comparison: Comparison) -> list[tuple[Any, list[str], str]]:
-    """The rows of the table: the line, a cell for each run, and what is said at the end."""
-    lines = expanded(comparison.table, len(comparison.runs))
+def _lines(comparison: Comparison) -> list[tuple[Line, list[tuple[str, str]]]]:
+    """The rows of the table: the line, and for each run its value and what is compared in it."""
+    lines, runs = comparison.table, len(comparison.runs)
     columns = [
-        aligned([cell(line, i) for line in lines], _FIGURE_SPACE, _POINT_SPACE)
-        for i in range(len(comparison.runs))
+        aligned([cell(line, i) for line in lines], _FIGURE_SPACE, _POINT_SPACE) for i in range(runs)
     ]
     return [
-        (line, list(cells), " ".join(line.compared))
+        (line, list(zip_longest(cells, ("", *line.compared), fillvalue="")))
         for line, *cells in zip(lines, *columns, strict=True)
     ]
 
@@ -115,6 +115,8 @@ def _differences(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
