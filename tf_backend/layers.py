@@ -12,7 +12,16 @@ import tensorflow as tf
 
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
-from tf_backend.precision import FULL_TYPES, HALF_TYPES, cast, full, linear, product
+from tf_backend.precision import (
+    FULL_TYPES,
+    HALF_TYPES,
+    cast,
+    full,
+    linear,
+    multiply,
+    operand,
+    product,
+)
 from tf_backend.profiler import scope
 from tf_backend.trace import record, record_rows
 
@@ -89,7 +98,7 @@ def dropout(x: tf.Tensor, noise: Noise | None, site: int, rate: float) -> tf.Ten
     return _times_keep(x, keep, rate)
 
 
-def _causal_attention(query, key, value, noise, rate, heads, site):
+def _causal_attention(query, key, value, noise, rate, heads, site, half):
     """Causal attention of `ROW_BLOCK` query rows at a time, so that keys after a block are never
     touched, with probabilities kept for the backward. All (B H, L, K), L known when traced.
 
@@ -97,18 +106,26 @@ def _causal_attention(query, key, value, noise, rate, heads, site):
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
     """
     length, width = query.shape[1:]
+    scale = 1 / math.sqrt(width)
     if isinstance(noise, Words):
         rows = tf.reshape(noise.attention_rows[site], [-1, length])
         columns = noise.attention_columns[site]
     blocks = [(start, min(start + ROW_BLOCK, length)) for start in range(0, length, ROW_BLOCK)]
-    later = np.triu(np.full((length, length), -np.inf, query.dtype.as_numpy_dtype), 1)
+    later = np.triu(np.full((length, length), -np.inf, full(query).dtype.as_numpy_dtype), 1)
+
+    def scaled(x):
+        # The queries and not the scores, which are larger; but a half would be rounded once more.
+        return x * scale if half is None else x
 
     @tf.custom_gradient
     def attend(query, key, value):
-        query = query * (1 / math.sqrt(width))  # here and not on the scores, which are larger
+        query, key, value = scaled(operand(query, half)), operand(key, half), operand(value, half)
         outputs, saved = [], []
         for start, end in blocks:
-            scores = tf.matmul(query[:, start:end], key[:, :end], transpose_b=True)
+            keys = tf.transpose(key[:, :end], [0, 2, 1])
+            scores = full(multiply(query[:, start:end], keys, half))
+            if half is not None:
+                scores *= scale
             record_rows("attention.scores", scores, start, heads, site)
             probabilities = tf.nn.softmax(scores + later[start:end, :end])
             record_rows("attention.probabilities", probabilities, start, heads, site)
@@ -122,26 +139,35 @@ def _causal_attention(query, key, value, noise, rate, heads, site):
             if keep is not None:
                 dropped = _times_keep(probabilities, keep, rate)
                 record_rows("attention.dropped", dropped, start, heads, site)
-            outputs.append(tf.matmul(dropped, value[:, :end]))
+            dropped = operand(dropped, half)
+            outputs.append(multiply(dropped, value[:, :end], half))
             saved.append((probabilities, dropped, keep))
         output = tf.concat(outputs, 1)
 
         @scope("attention")
         def backward(gradient):
-            inner_sum = tf.reduce_sum(gradient * output, -1, keepdims=True)
+            inner_sum = tf.reduce_sum(full(gradient) * full(output), -1, keepdims=True)
+            gradient = operand(gradient, half)
             d_query, d_key, d_value = [], [], []
             for (start, end), (probabilities, dropped, keep) in zip(blocks, saved, strict=True):
                 part, rest = gradient[:, start:end], [[0, 0], [0, length - end], [0, 0]]
-                d_scores = tf.matmul(part, value[:, :end], transpose_b=True)
+                values = tf.transpose(value[:, :end], [0, 2, 1])
+                d_scores = full(multiply(part, values, half))
                 if keep is not None:
                     d_scores = _times_keep(d_scores, keep, rate)
                 d_scores = (d_scores - inner_sum[:, start:end]) * probabilities
-                d_query.append(tf.matmul(d_scores, key[:, :end]))
-                d_key.append(tf.matmul(d_scores, query[:, start:end], transpose_a=True))
-                d_value.append(tf.matmul(dropped, part, transpose_a=True))
-                d_key[-1], d_value[-1] = tf.pad(d_key[-1], rest), tf.pad(d_value[-1], rest)
-            d_query = tf.concat(d_query, 1) * (1 / math.sqrt(width))
-            return d_query, tf.add_n(d_key), tf.add_n(d_value)
+                if half is not None:
+                    d_scores *= scale
+                d_scores = operand(d_scores, half)
+                d_query.append(multiply(d_scores, key[:, :end], half))
+                for total, weights, x in (
+                    (d_key, d_scores, query[:, start:end]),
+                    (d_value, dropped, part),
+                ):
+                    share = full(multiply(tf.transpose(weights, [0, 2, 1]), x, half))
+                    total.append(tf.pad(share, rest))
+            d_query = scaled(tf.concat(d_query, 1))
+            return d_query, cast(tf.add_n(d_key), half), cast(tf.add_n(d_value), half)
 
         return output, backward
 
@@ -159,14 +185,13 @@ def attention(
 ) -> tf.Tensor:
     """softmax(q k^T / sqrt(K)) v, causal: query i sees the keys up to M - L + i. (B, H, L, K).
 
-    With noise the probabilities are dropped by the mask of layer `site`. A half, and queries beside
-    a cache, take the plain form.
+    With noise the probabilities are dropped by the mask of layer `site`. Queries beside a cache
+    take the plain form, which knows no noise.
     """
     _, heads, length, width = query_BHLK.shape
-    noise = noise if rate else None
-    if half is None and length is not None and length == key_BHMK.shape[2]:
+    if length is not None and length == key_BHMK.shape[2]:
         flat = [tf.reshape(x, [-1, length, width]) for x in (query_BHLK, key_BHMK, value_BHMK)]
-        output = _causal_attention(*flat, noise, rate, heads, site)
+        output = _causal_attention(*flat, noise if rate else None, rate, heads, site, half)
         return tf.reshape(output, [-1, heads, length, width])
     keys_BHKM = tf.transpose(key_BHMK, [0, 1, 3, 2])
     scores_BHLM = full(product(query_BHLK, keys_BHKM, half)) / math.sqrt(width)
@@ -174,16 +199,6 @@ def attention(
     later = tf.range(keys) > tf.range(length)[:, None] + (keys - length)
     infinity = tf.constant(math.inf, scores_BHLM.dtype)
     probabilities = tf.nn.softmax(tf.where(later, -infinity, scores_BHLM))
-    record_rows("attention.scores", scores_BHLM, 0, heads, site)
-    record_rows("attention.probabilities", probabilities, 0, heads, site)
-    if noise is not None:
-        if isinstance(noise, Native):
-            seed = _site_seed(noise, -1 - site)
-            probabilities = tf.nn.experimental.stateless_dropout(probabilities, rate, seed)
-        else:
-            keep = keep_mask(noise.attention_rows[site], noise.attention_columns[site], rate)
-            probabilities = _times_keep(probabilities, keep, rate)
-        record_rows("attention.dropped", probabilities, 0, heads, site)
     return product(probabilities, value_BHMK, half)
 
 

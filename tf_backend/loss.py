@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from tf_backend.precision import full, product
+from tf_backend.precision import full, multiply, operand
 from tf_backend.profiler import scope
 from tf_backend.trace import record
 
@@ -13,7 +13,8 @@ ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
 def _chunk(hidden, kernel, targets, weights, coefficients, half):
     """Both sums of one chunk of rows, its dh and its share of dW^T."""
-    z = full(product(hidden, kernel, half))
+    hidden, kernel = operand(hidden, half), operand(kernel, half)
+    z = full(multiply(hidden, kernel, half))
     record("logits", z)
     z -= tf.reduce_max(z, -1, keepdims=True)
     cells = tf.stack([tf.range(targets.shape[0]), targets], 1)
@@ -23,9 +24,9 @@ def _chunk(hidden, kernel, targets, weights, coefficients, half):
     nll = tf.math.log(total) - picked
     sums = tf.stack([tf.reduce_sum(weights * nll), tf.reduce_sum(coefficients * nll)])
     d_z = exponentials * (coefficients / total)[:, None]
-    d_z = tf.tensor_scatter_nd_sub(d_z, cells, coefficients)
-    d_hidden = product(d_z, tf.transpose(kernel), half)
-    d_kernel = product(tf.transpose(d_z), hidden, half)
+    d_z = operand(tf.tensor_scatter_nd_sub(d_z, cells, coefficients), half)
+    d_hidden = multiply(d_z, tf.transpose(kernel), half)
+    d_kernel = multiply(tf.transpose(d_z), hidden, half)
     return sums, full(d_hidden), full(d_kernel)
 
 

@@ -25,14 +25,26 @@ def full(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, tf.float32) if x.dtype.size == 2 else x
 
 
-def product(a: tf.Tensor, b: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
-    """`a @ b` with inputs and result in the type of products, summed in fp32.
+def operand(x: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
+    """`x` as products take it: rounded to the type of products.
 
-    TensorFlow's fp16 product on CPUs rounds and overflows as fp16 does, also in the backward, at
-    a bearable speed, so unlike in torch it is taken as it is. A `tf.transpose` of an input costs
-    nothing: the graph optimizer folds it into the product.
+    CPUs without fp16 instructions lose a sixth of a step in it, so there it is an fp32 copy of the
+    rounded numbers: the products are the same, and so are their overflows, once rounded.
     """
-    return tf.matmul(cast(a, half), cast(b, half))
+    x = cast(x, half)
+    copied = half is tf.float16 and not tf.config.get_visible_devices("GPU")
+    return tf.cast(x, tf.float32) if copied else x
+
+
+def multiply(a: tf.Tensor, b: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
+    """`a @ b` of operands, summed in fp32, the result in the type of products. A `tf.transpose` of
+    an input costs nothing: the graph optimizer folds it into the product."""
+    return cast(tf.matmul(a, b), half)
+
+
+def product(a: tf.Tensor, b: tf.Tensor, half: tf.DType | None) -> tf.Tensor:
+    """`a @ b` with inputs and result in the type of products."""
+    return multiply(operand(a, half), operand(b, half), half)
 
 
 @tf.custom_gradient

@@ -36,13 +36,15 @@ def record(name: str, tensor: tf.Tensor, block: int | None = None) -> None:
         _parts.setdefault(name, []).append(full(tensor).numpy().copy())
 
 
-def record_rows(name: str, rows: tf.Tensor, start: int, heads: int, block: int) -> None:
+def record_rows(
+    name: str, rows: tf.Tensor, start: int, heads: int, block: int, factor: float = 1.0
+) -> None:
     """Note query rows from `start` of causal attention, (…, rows, keys) for all `heads` of a batch,
-    as part of (B, H, L, M), which has 0 where a query may not look."""
+    times `factor`, as part of (B, H, L, M), which has 0 where a query may not look."""
     if _parts is None:
         return
     name = f"decoder.{block}.{name}"
-    part = np.tril(full(rows).numpy(), start)
+    part = np.tril((full(rows) * factor).numpy(), start)
     part = part.reshape(-1, heads, *part.shape[-2:])
     if start:
         (above,) = _parts[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torch_backend.precision import full, product
+from torch_backend.precision import cast, full, multiply, operand
 from torch_backend.profiler import scope
 from torch_backend.trace import record
 
@@ -19,12 +19,13 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, kernel, targets, weights, coefficients, half, need):
         sums = torch.zeros(2, dtype=weights.dtype, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if need else None
+        hidden, kernel = operand(hidden, half), operand(kernel, half)
+        d_hidden = torch.empty_like(hidden, dtype=weights.dtype) if need else None
         # In the layout of the kernel's own memory, which is transposed where it is tied.
-        d_kernel = torch.zeros_like(kernel) if need else None
+        d_kernel = torch.zeros_like(kernel, dtype=weights.dtype) if need else None
         for start in range(0, hidden.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            z = full(product(hidden[rows], kernel, half))
+            z = full(multiply(hidden[rows], kernel, half))
             record("logits", z)
             z -= z.amax(-1, keepdim=True)
             picked = z.gather(-1, targets[rows, None])[:, 0]
@@ -36,13 +37,16 @@ class _HeadLoss(torch.autograd.Function):
             if need:
                 z *= (c / total)[:, None]
                 z.scatter_add_(-1, targets[rows, None], -c[:, None])
-                d_hidden[rows] = product(z, kernel.t(), half)
+                z = operand(z, half)
+                d_hidden[rows] = multiply(z, kernel.t(), half)
                 if half is None and not kernel.is_contiguous():
                     d_kernel.t().addmm_(z.t(), hidden[rows])
                 elif half is None:
                     d_kernel.addmm_(hidden[rows].t(), z)
+                elif not kernel.is_contiguous():
+                    d_kernel.t().add_(cast(z.t() @ hidden[rows], half))
                 else:
-                    d_kernel += product(hidden[rows].t(), z, half)
+                    d_kernel.add_(cast(hidden[rows].t() @ z, half))
         ctx.gradients = d_hidden, d_kernel
         ctx.mark_non_differentiable(nll_sum := sums[0].clone())
         return sums[1].clone(), nll_sum

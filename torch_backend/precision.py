@@ -14,6 +14,7 @@ from torch_backend.profiler import scope
 # The type of products where it is not the full one, and the full one: weights, stream, sums.
 HALF_TYPES = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL_TYPES = dict.fromkeys(HALF_TYPES, torch.float32) | {"fp64": torch.float64}
+_ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 
 
 def cast(x: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
@@ -26,44 +27,56 @@ def full(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _affine(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x @ kernel + bias` of matrices in a full type, without a gradient: by oneDNN where that can
-    be had, which is 8 to 12% faster than torch's own choice on CPUs, MKL."""
-    if x.dtype is torch.float32 and not x.is_cuda and torch.backends.mkldnn.is_available():
+def operand(x: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    """`x` as products take it: rounded to the type of products.
+
+    CPUs without fp16 instructions are a hundred times slower in it, so there it is an fp32 copy of
+    the rounded numbers: the products are the same, and so are their overflows, once rounded.
+    """
+    x = cast(x, half)
+    return x.float() if half is torch.float16 and not x.is_cuda else x
+
+
+def _affine(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`a @ b + bias` of operands that are matrices, without a gradient: by oneDNN where that can be
+    had, which is 8 to 12% faster in fp32 than torch's own choice on CPUs, MKL."""
+    if a.dtype in _ONEDNN_TYPES and not a.is_cuda and torch.backends.mkldnn.is_available():
         onednn = torch.ops.mkldnn._linear_pointwise
-        return onednn(x.contiguous(), kernel.t(), bias, "none", [], "")
-    return x @ kernel if bias is None else torch.addmm(bias, x, kernel)
+        return onednn(a.contiguous(), b.t(), bias, "none", [], "")
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    """`a @ b` of operands, summed in fp32, the result in the type of products."""
+    plain = a.dim() != 2 or torch.is_grad_enabled()
+    return cast(a @ b if plain else _affine(a, b, None), half)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    """`a @ b` with inputs and result in the type of products."""
+    return multiply(operand(a, half), operand(b, half), half)
 
 
 class _Linear(torch.autograd.Function):
-    """With y = x W + b: dx = dy W^T, dW = x^T dy (which MKL does faster), db = the sum of dy."""
+    """With y = x W + b: dx = dy W^T, dW = x^T dy (by MKL, which is faster there), db = the sum of
+    dy over the rows."""
 
     @staticmethod
-    def forward(ctx, x, kernel, bias):
+    def forward(ctx, x, kernel, bias, half):
+        ctx.types, ctx.half, ctx.biased = (x.dtype, kernel.dtype), half, bias is not None
+        x, kernel = operand(x, half), operand(kernel, half)
         ctx.save_for_backward(x, kernel)
-        ctx.biased = bias is not None
-        return _affine(x, kernel, bias)
+        return cast(_affine(x, kernel, None if bias is None else operand(bias, half)), half)
 
     @staticmethod
     def backward(ctx, gradient):
         x, kernel = ctx.saved_tensors
-        d_bias = gradient.sum(0) if ctx.biased else None
-        return _affine(gradient, kernel.t(), None), x.t() @ gradient, d_bias
-
-
-def product(a: torch.Tensor, b: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
-    """`a @ b` with inputs and result in the type of products, summed in fp32.
-
-    CPUs without fp16 instructions are a hundred times slower in it, so there the product runs on
-    fp32 copies of the halves and its result is rounded: the same numbers, and the same overflows,
-    also in the backward, whose casts round the gradients.
-    """
-    if half is None and a.dim() == 2 and not torch.is_grad_enabled():
-        return _affine(a, b, None)
-    a, b = cast(a, half), cast(b, half)
-    if half is torch.float16 and not a.is_cuda:
-        return (a.float() @ b.float()).half()
-    return a @ b
+        inputs, weights = ctx.types
+        d_bias = gradient.sum(0, dtype=weights) if ctx.biased else None
+        gradient = operand(gradient, ctx.half)
+        d_x = multiply(gradient, kernel.t(), ctx.half).to(inputs)
+        d_kernel = cast(x.t() @ gradient, ctx.half).to(weights)
+        return d_x, d_kernel, d_bias, None
 
 
 @scope("linear")
@@ -72,8 +85,5 @@ def linear(
 ) -> torch.Tensor:
     """`x @ kernel + bias` over the last axis: (…, in) and (in, out) give (…, out), in the type of
     products."""
-    if half is None:
-        flat = _Linear.apply(x.reshape(-1, x.shape[-1]), kernel, bias)
-        return flat.view(*x.shape[:-1], kernel.shape[1])
-    y = product(x, kernel, half)
-    return y if bias is None else y + cast(bias, half)
+    flat = _Linear.apply(x.reshape(-1, x.shape[-1]), kernel, bias, half)
+    return flat.view(*x.shape[:-1], kernel.shape[1])
