@@ -262,10 +262,10 @@ def time_of_kinds(trace: Trace, steps: Sequence[Step]) -> list[dict[str, float]]
     """For each step the ms of each kind, which add up to the step; see the top of this file."""
     rows = [row for row in trace.rows if row["ph"] == "X"]
     device = any(row["args"].get("device") for row in rows)
-    threads: dict[int, list[tuple[int, int, str | None]]] = defaultdict(list)
+    threads: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     for row in rows:
-        kind = row["cat"] if row["cat"] in KINDS else None
-        if row["args"].get("device") or not device or kind == "communication":
+        kind = row["cat"]
+        if kind in KINDS and (row["args"].get("device") or not device or kind == "communication"):
             begin = trace.base + round(row["ts"] * 1e3)
             threads[row["tid"]].append((begin, begin + round(row["dur"] * 1e3), kind))
     changes: list[tuple[int, int, str]] = []
@@ -276,18 +276,18 @@ def time_of_kinds(trace: Trace, steps: Sequence[Step]) -> list[dict[str, float]]
     return list(_shares(changes, steps))
 
 
-def _innermost(spans: list[tuple[int, int, str | None]]) -> Iterable[tuple[int, int, str]]:
-    """The spans of one thread in which an operation with a kind is the innermost one."""
-    stack: list[tuple[int, str | None]] = []
+def _innermost(spans: list[tuple[int, int, str]]) -> Iterable[tuple[int, int, str]]:
+    """The spans of one thread's operations, each without those inside of it."""
+    stack: list[tuple[int, str]] = []
     cursor = 0
-    for begin, end, kind in [*sorted(spans, key=lambda s: (s[0], -s[1])), (2**63, 2**63, None)]:
+    for begin, end, kind in [*sorted(spans, key=lambda s: (s[0], -s[1])), (2**63, 2**63, "")]:
         while stack and stack[-1][0] <= begin:
             last, present = stack.pop()
-            if present is not None and last > cursor:
+            if last > cursor:
                 yield cursor, last, present
             cursor = max(cursor, last)
-        if stack and stack[-1][1] is not None and begin > cursor:
-            yield cursor, begin, str(stack[-1][1])
+        if stack and begin > cursor:
+            yield cursor, begin, stack[-1][1]
         cursor = max(cursor, begin)
         stack.append((end, kind))
 

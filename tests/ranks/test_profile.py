@@ -67,15 +67,21 @@ def test_both_ranks_and_the_allreduce_of_each_step_are_in_the_trace(profiled, ba
     ranks = [f"rank 0 {label}", f"rank 1 {label}"]
     assert set(found) == {f"{label} steps", *ranks, f"Horovod under {label}"}
     assert [row["name"] for row in found[f"{label} steps"]] == ["step 12", "step 13", "step 14"]
-    begins = [r["ts"] for r in found[f"Horovod under {label}"] if r.get("name") == "ALLREDUCE"]
+    timeline = found[f"Horovod under {label}"]
+    begins = [row["ts"] for row in timeline if row.get("name") == "ALLREDUCE"]
+    ends = [row["ts"] for row in timeline if "args" in row and "shape" in row["args"]]
+    lasted = 0.0
     for begin, end in steps:
         (reduced,) = [moment for moment in begins if begin < moment < end]
+        lasted += min(moment for moment in ends if moment > reduced) - reduced
         for rank in ranks:
             inside = [row for row in found[rank] if begin <= row["ts"] <= end]
             assert sum(row["cat"] == "matrix products" for row in inside) >= 12
             # One clock: the timeline's operation lies in what each rank calls communication.
             waits = [row for row in inside if row["cat"] == "communication"]
             assert any(w["ts"] - 500 < reduced < w["ts"] + w["dur"] + 500 for w in waits), waits
+    values = json.loads((profiled(backend) / "profile.json").read_text())
+    assert values["kinds"]["communication"]["ms"] > 0.9e-3 * lasted / len(steps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -62,6 +62,16 @@ def test_a_moment_belongs_to_the_innermost_operation_and_what_is_left_is_overhea
     assert time_of(events, 0, 1000) == {"matrix products": 300, "loss": 200, OVERHEAD: 500}
 
 
+def test_what_a_framework_calls_inside_of_an_operation_takes_nothing_from_it():
+    events = [
+        scope("communication", 0, 900),
+        event("HorovodAllreduce", 100, 800),
+        scope("KernelAndDeviceFunc::Run", 150, 750),
+        event("aten::empty", 810, 820),
+    ]
+    assert time_of(events, 0, 1000) == {"communication": 900, OVERHEAD: 100}
+
+
 def test_threads_that_compute_at_once_share_the_moment():
     events = [
         event("MatMul", 0, 600, "XLA 0"),
