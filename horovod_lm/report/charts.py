@@ -112,7 +112,7 @@ def _apart(comparison: Comparison) -> Chart | None:
     log_scale(axes)
     label_ends(axes, ends)
     farthest = "; ".join(
-        f"{comparison.names[i]} {c.largest:.1e} nats at step {c.at}" for i, c in found.items()
+        f"{comparison.names[i]}, {c.largest:.1e} nats at step {c.at}" for i, c in found.items()
     )
     firsts = dict.fromkeys(comparison.names[_against(comparison, i)] for i in found)
     whose = f"that of {next(iter(firsts))}"
@@ -216,7 +216,7 @@ def _scales(comparison: Comparison) -> Chart | None:
     log_scale(axes, base=2)
     label_ends(axes, ends)
     told = "; ".join(
-        f"{comparison.names[i]} {count(len(found), 'step')}" for i, found in skipped.items()
+        f"{comparison.names[i]}, {count(len(found), 'step')}" for i, found in skipped.items()
     )
     series = {comparison.names[i]: v for i, v in zip(runs, values, strict=True)}
     for i, found in skipped.items():
@@ -401,7 +401,7 @@ def _kinds(comparison: Comparison) -> Chart | None:
         kind: [p["kinds"].get(kind, {"ms": 0.0})["ms"] for p in profiles.values()] for kind in kinds
     }
     spans = "; ".join(
-        f"{comparison.names[i]} steps {p['steps'][0]} to {p['steps'][1]}"
+        f"{comparison.names[i]}, steps {p['steps'][0]} to {p['steps'][1]}"
         for i, p in profiles.items()
     )
     return _bars(

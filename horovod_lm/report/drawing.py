@@ -156,7 +156,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     figure.canvas.draw()
     low, high = axes.get_ylim()
     known = [end for end in ends if np.isfinite(end[1])]
-    texts = ["\n".join(textwrap.wrap(name, 17)) or name for name, _, _ in known]
+    texts = ["\n".join(textwrap.wrap(name, 20)) or name for name, _, _ in known]
     to_axes = axes.transAxes.inverted()
     line = 1.15 * _LABEL / 72 / (axes.get_position().height * figure.get_figheight())  # type: ignore[union-attr]
     sizes = [line * (text.count("\n") + 1) for text in texts]
