@@ -149,7 +149,7 @@ class Process:
             self._answers.write(json.dumps(question) + "\n")
             self._answers.flush()
             return self._receive()
-        except OSError as error:  # it has ended, or takes for ever
+        except OSError as error:  # it has ended
             raise self._failed() from error
         finally:
             self._sleep()
@@ -165,9 +165,11 @@ class Process:
             self._job.wait(5.0)
 
     def _receive(self) -> dict[str, Any]:
-        line = self._answers.readline()
+        try:
+            line = self._answers.readline()
+        except OSError as error:  # it takes for ever
+            raise self._failed() from error
         if not line:
-            self._job.wait(10.0)
             raise self._failed()
         answer: dict[str, Any] = json.loads(line)
         if "mistake" in answer:
@@ -180,6 +182,7 @@ class Process:
         _signal(self._job.marker, asleep=True)
 
     def _failed(self) -> RunFailed:
+        self._job.wait(10.0)  # the connection closes before the process has ended
         shown = "\n".join(f"  {line}" for line in self._job.tail())
         why = self._job.why() if self._job.poll() is not None else "it does not answer"
         return RunFailed(f"{self.name} failed: {why}. The end of its log:\n{shown}")
