@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.optim.adamw import adamw
 
 from horovod_lm.backend import EngineSettings
 from horovod_lm.optimizers import moment_shapes
@@ -241,32 +242,33 @@ class Lamb(Optimizer):
 
 
 class _TorchAdamW:
-    """torch's own AdamW on slices of flat buffers, each with a weight decay."""
+    """torch's own AdamW on slices of flat buffers, each with a weight decay.
+
+    Its function, not its class, which imports torch's compiler: a second at every start.
+    """
 
     def __init__(self, values, gradients, moments, decays, settings) -> None:
-        self.values = values
-        groups, self._steps = [], []
-        for part, decay in decays:
-            flat = torch.nn.Parameter(values[part])
-            flat.grad = gradients[part]
-            groups.append({"params": [flat], "weight_decay": decay})
-        self._torch = torch.optim.AdamW(
-            groups, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
-        )
-        for (part, _), group in zip(decays, self._torch.param_groups, strict=True):
-            step = torch.zeros((), dtype=torch.float32, device=values.device)
-            self._steps.append(step)
-            self._torch.state[group["params"][0]] = {
-                "step": step,
-                "exp_avg": moments["first"][part],
-                "exp_avg_sq": moments["second"][part],
-            }
+        self.values, self.settings = values, settings
+        self._step = torch.zeros((), dtype=torch.float32, device=values.device)
+        buffers = (values, gradients, moments["first"], moments["second"])
+        self._groups = [([[b[part]] for b in buffers], decay) for part, decay in decays]
 
     def step(self, learning_rate: float, update: int) -> None:
-        for group, step in zip(self._torch.param_groups, self._steps, strict=True):
-            group["lr"] = learning_rate
-            step.fill_(update - 1)
-        self._torch.step()
+        for buffers, decay in self._groups:
+            self._step.fill_(update - 1)
+            adamw(
+                *buffers,
+                [],
+                [self._step],
+                fused=True,
+                amsgrad=False,
+                beta1=self.settings.beta1,
+                beta2=self.settings.beta2,
+                lr=learning_rate,
+                weight_decay=decay,
+                eps=self.settings.epsilon,
+                maximize=False,
+            )
 
 
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {
