@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,10 @@ LAUNCHERS = {
     "mpi": [str(BIN / "mpirun"), "-np", "2"],
     "gloo": [str(BIN / "horovodrun"), "-np", "2", "--gloo"],
     "horovodrun-mpi": [str(BIN / "horovodrun"), "-np", "2", "--mpi"],
+    "slow-cycle": [
+        *(str(BIN / "mpirun"), "-np", "2"),
+        *("-x", "HOROVOD_CYCLE_TIME=500", "-x", "HOROVOD_FUSION_THRESHOLD=4000"),
+    ],
 }
 
 
@@ -79,6 +84,34 @@ def torch_zero_grad() -> None:
     assert layer.weight.grad.tolist() == [[0.0, 0.0]]
     optimizer.zero_grad(set_to_none=True)
     assert layer.weight.grad is None
+
+
+def torch_waits_asleep() -> None:
+    """A rank that waits for another one takes no core from it."""
+    import horovod.torch as hvd
+    import torch
+
+    hvd.barrier()
+    if hvd.rank() == 1:
+        time.sleep(1)
+    begin = time.thread_time()
+    hvd.allreduce(torch.ones(1))
+    assert time.thread_time() - begin < 0.05
+
+
+def torch_no_pause() -> None:
+    """In a cycle of 0.5 s: what fills the fusion buffer does not wait for it, smaller ones do."""
+    import horovod.torch as hvd
+    import torch
+
+    def seconds(elements: int) -> float:
+        hvd.barrier()
+        begin = time.perf_counter()
+        for _ in range(4):
+            hvd.allreduce(torch.ones(elements), name=f"of {elements}")
+        return time.perf_counter() - begin
+
+    assert seconds(1000) < 1.2 < seconds(999)
 
 
 def tensorflow_allreduce() -> None:
@@ -292,6 +325,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         torch_allreduce,
         torch_broadcast,
         torch_zero_grad,
+        torch_waits_asleep,
         tensorflow_allreduce,
         tensorflow_broadcast,
         keras3_tape,
@@ -303,7 +337,13 @@ CHECKS: dict[str, Callable[[], None]] = {
         what_is_not_refused,
     )
 }
-JOBS = {"mpi": list(CHECKS), "gloo": list(CHECKS), "horovodrun-mpi": ["torch_allreduce"]}
+IN_SLOW_CYCLES = {"torch_no_pause": torch_no_pause}
+JOBS = {
+    "mpi": list(CHECKS),
+    "gloo": list(CHECKS),
+    "horovodrun-mpi": ["torch_allreduce"],
+    "slow-cycle": list(IN_SLOW_CYCLES),
+}
 
 
 def main(folder: str, names: list[str]) -> None:
@@ -323,7 +363,7 @@ def main(folder: str, names: list[str]) -> None:
                 import horovod.tensorflow
 
                 horovod.tensorflow.init()
-            CHECKS[name]()
+            (CHECKS | IN_SLOW_CYCLES)[name]()
             print(json.dumps([name, controller]), file=results, flush=True)
 
 
@@ -393,6 +433,11 @@ def test_on_two_ranks(job, launcher: str, check: str) -> None:
 def test_horovodrun_with_mpi(job) -> None:
     passed, output = job("horovodrun-mpi")
     assert passed == [{"torch_allreduce": "mpi"}] * RANKS, output
+
+
+def test_what_fills_the_fusion_buffer_is_not_kept_waiting(job) -> None:
+    passed, output = job("slow-cycle")
+    assert passed == [{"torch_no_pause": "mpi"}] * RANKS, output
 
 
 def test_wheel_says_what_it_is() -> None:
