@@ -131,7 +131,10 @@ def allreduce(
     backends: str,
     over: str,
 ) -> None:
-    """Horovod's allreduce by size, against raw MPI and against a copy in memory."""
+    """Horovod's allreduce by size.
+
+    Against raw MPI and against a copy in memory.
+    """
     from horovod_lm.backend import backend_names
     from horovod_lm.bench.allreduce import QUICK_SIZES, SIZES, TRANSPORTS, measure
 
@@ -151,7 +154,7 @@ def allreduce(
 @bench_options
 @click.option("--precision", default="fp32", show_default=True, help="Of fp32,bf16,fp16.")
 @click.option("--threads", help="As 1,2; default: 1 and all cores.")
-@click.option("--peers", default="all", show_default=True, help="Names, all or none (see below).")
+@click.option("--peers", default="all", show_default=True, help="Names as above, all or none.")
 def throughput(
     config: Path | None,
     rounds: int | None,
