@@ -19,6 +19,8 @@ FP16 = [
     "loss_scale.growth_interval=4",
 ]  # fmt: skip
 OVERFLOWS = {"kind": "overflow", "rank": 1, "steps": [2, 7, 8]}
+NATIVE = ["train.dropout_generator=native"]
+STOP = [{"kind": "terminate", "rank": 1, "steps": [9]}]
 STUCK = ["train.precision=fp16", "loss_scale.initial=2", "loss_scale.minimum=1"]
 
 ONE = [{"name": "whole"}]
@@ -27,8 +29,11 @@ TWO = [
     {"name": "cut", "set": ["train.micro_batch_size=2"]},
     {"name": "fp16", "set": FP16, "faults": [OVERFLOWS]},
     {"name": "stuck", "set": STUCK, "faults": [{"kind": "overflow", "rank": 1, "steps": [3, 4]}]},
-    {"name": "stop", "faults": [{"kind": "terminate", "rank": 1, "steps": [9]}]},
+    {"name": "stop", "faults": STOP},
     {"name": "stop", "resume": True},
+    {"name": "native", "set": NATIVE},
+    {"name": "native-stop", "set": NATIVE, "faults": STOP},
+    {"name": "native-stop", "set": NATIVE, "resume": True},
     {"name": "data", "faults": [{"kind": "data", "rank": 1, "steps": [13]}]},
     {"name": "drift", "set": ["train.check_every=4"],
      "faults": [{"kind": "ulp", "rank": 1, "steps": [13]}]},
@@ -65,7 +70,7 @@ def done(config):
                 source = job(*before)[0] / name / "checkpoints"
                 shutil.copytree(source, folder / "crossed" / "checkpoints")
                 plan = [*plan, {"name": "crossed", "resume": True, "faults": faults}]
-            answers = run_plan(folder, config, plan, backend, ranks)
+            answers = run_plan(folder, config, plan, backend, ranks, limit=180.0)
             names = [entry["name"] + "+" * entry.get("resume", False) for entry in plan]
             jobs[backend, ranks] = folder, dict(zip(names, answers, strict=True))
         return jobs[backend, ranks]
@@ -147,16 +152,25 @@ def digests(run, step=25):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sigterm_on_one_rank_stops_all_and_the_resumed_run_repeats_the_whole_one(backend, done):
+@pytest.mark.parametrize(("whole", "stop"), [("whole", "stop"), ("native", "native-stop")])
+def test_sigterm_on_one_rank_stops_all_and_the_resumed_run_repeats_the_whole_one(
+    backend, whole, stop, done
+):
     folder, answers = done(backend, 2)
-    for answer in answers["stop"]:
+    for answer in answers[stop]:
         assert answer["kind"] == "Stopped" and answer["code"] == 75
         assert answer["error"].startswith("stopped by a signal after step 10;")
-    assert [answer["shown"] for answer in answers["stop"]] == [True, False]
-    assert [answer["error"] for answer in answers["stop+"]] == [None, None]
-    assert losses(folder / "stop") == losses(folder / "whole")
-    assert digests(folder / "stop") == digests(folder / "whole")
-    assert [row["step"] for row in rows(folder / "stop", "evaluation")] == [25]
+    assert [answer["shown"] for answer in answers[stop]] == [True, False]
+    assert [answer["error"] for answer in answers[f"{stop}+"]] == [None, None]
+    assert losses(folder / stop) == losses(folder / whole)
+    assert digests(folder / stop) == digests(folder / whole)
+    assert [row["step"] for row in rows(folder / stop, "evaluation")] == [25]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_native_dropout_draws_another_curve(backend, done):
+    folder, _ = done(backend, 2)
+    assert 1e-5 < difference(losses(folder / "native"), losses(folder / "whole")) < 0.1
 
 
 def test_a_run_goes_from_one_framework_and_number_of_ranks_to_another(done):
