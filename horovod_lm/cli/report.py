@@ -26,11 +26,12 @@ Examples:
 )
 @json_option
 def command(runs: tuple[Path, ...], output: Path, as_json: bool) -> None:
-    """Make one page of any past runs: curves overlaid, configurations compared.
+    """Make one page of any past runs, laid over each other.
 
     RUN is the folder of a run, finished or not, or of a comparison. Curves are compared where runs
-    are meant to train the same; speeds are shown, but not compared, since the runs did not take
-    turns (those of a comparison by itself did, and are).
+    are meant to train the same, and the keys in which they differ are listed. Speeds are shown,
+    but not compared, since the runs did not take turns (those of a single comparison did, and
+    are).
     """
     import json
 
