@@ -61,8 +61,8 @@ def throughput(
     model = config.model
     result = BenchResult(
         "throughput",
-        f"Training, width {model.width}, {model.layers} layers, context {model.context}, "
-        f"vocabulary {model.vocabulary}, {config.train.global_batch_size} sequences a step",
+        f"Width {model.width}, {model.layers} layers, context {model.context}, "
+        f"vocabulary {model.vocabulary}, batch {config.train.global_batch_size}",
         COLUMNS,
         group_by=("threads", "precision"),
         settings={
