@@ -509,6 +509,7 @@ def _rows(comparison: Comparison, which: Sequence[int], x: str) -> tuple[Any, Ax
     for label, i in zip(axes.get_yticklabels(), which, strict=True):
         label.set_color(colour(i))
     axes.set_ylim(len(which) - 0.5, -0.5)
+    axes.margins(x=0.06)
     axes.grid(axis="y", visible=False)
     return figure, axes
 
