@@ -12,6 +12,7 @@ from horovod_lm.report.runs import PARTS, Run
 if TYPE_CHECKING:
     from horovod_lm.report.results import Comparison
 
+_WORDS = {"ratio": "ratio to the first", "difference": "difference to the first"}
 PART_WORDS = {"forward_backward": "forward and backward", "reduce": "reduce (with waiting)"}
 
 
@@ -20,13 +21,15 @@ class Line:
     """A row of the table: a value for each run (text where it is no plain number), and what is
     said of each run but the first against the first.
 
-    `decimals` is None for three significant digits.
+    `decimals` is None for three significant digits. `minor`: what is compared is left out where it
+    would need a row of its own.
     """
 
     quantity: str
     values: tuple[float | str | None, ...]
     compared: tuple[str, ...] = ()
     decimals: int | None = None
+    minor: bool = False
 
 
 def make_table(comparison: Comparison) -> list[Line]:
@@ -48,8 +51,10 @@ def expanded(lines: Sequence[Line], runs: int) -> list[Line]:
     found = []
     for line in lines:
         found.append(replace(line, compared=()))
-        if any(line.compared):
-            found.append(Line("  against the first", ("", *line.compared)))
+        if any(line.compared) and not line.minor:
+            word = next((w for w in _WORDS if any(w in text for text in line.compared)), "")
+            texts = [text.removeprefix(f"{word} ") for text in line.compared]
+            found.append(Line(f"  {_WORDS.get(word, 'against the first')}", ("", *texts)))
     return found
 
 
@@ -61,7 +66,7 @@ def _loss_lines(comparison: Comparison) -> list[Line]:
     curves = [comparison.curves(which) for which in comparison.others]
     if any(curves):
         texts = [_apart(found.largest) if found else "–" for found in curves]
-        lines.append(Line("loss curves", ("",) * len(comparison.runs), tuple(texts)))
+        lines.append(Line("loss curves, largest difference", ("", *texts)))
     lines += [
         Line("validation loss, nats per token", validation, _differences(validation), 4),
         Line("  share of the unigram entropy", shares, (), 3),
@@ -72,7 +77,7 @@ def _loss_lines(comparison: Comparison) -> list[Line]:
 
 
 def _apart(largest: float) -> str:
-    return f"≤ {largest:.1e} apart" if largest else "equal"
+    return f"{largest:.1e}" if largest else "equal"
 
 
 def _share(run: Run) -> float | None:
@@ -151,7 +156,7 @@ def _kind_lines(comparison: Comparison) -> list[Line]:
     for kind in kinds:
         found = [profile["kinds"].get(kind) if profile else None for profile in profiles]
         values = tuple(entry["ms"] if entry else None for entry in found)
-        lines.append(Line(f"  {kind}", values, _gaps(values)))
+        lines.append(Line(f"  {kind}", values, _gaps(values), minor=True))
         shares = [entry.get("ceiling_share") if entry else None for entry in found]
         if any(share is not None for share in shares):
             texts = tuple("–" if share is None else f"{100 * share:.0f}%" for share in shares)
@@ -164,7 +169,7 @@ def _cost_lines(comparison: Comparison) -> list[Line]:
     lines = []
     for key, words in (("largest", "memory of the largest rank, MiB"), ("sum", "  of all ranks")):
         values = tuple(entry.get(key) for entry in memory)
-        lines.append(Line(words, values, _ratios(values)))
+        lines.append(Line(words, values, _ratios(values), minor=key == "sum"))
     first = _all(comparison, lambda run: run.record.get("first_step_seconds"))
     if comparison.starts:
         together = (f"{digits(comparison.together or 0)} s together",)

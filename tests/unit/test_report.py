@@ -364,6 +364,7 @@ def test_a_table_of_any_number_of_runs_fits_100_columns(tmp_path, count):
     text = file.getvalue()
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "…" not in text  # nothing was cut
+    assert ("ratio to the first" in text) == (count in (3, 4))
     for name in comparison.names:
         assert name.split()[0] in text
     assert " ".join(comparison.verdict) in " ".join(text.split())
