@@ -164,7 +164,9 @@ def _about_scaler(comparison: Comparison) -> list[str]:
             )
     if sentences:
         return sentences
-    who = "Both" if len(scaled) == 2 else f"All {len(scaled)} runs in fp16"
+    who = "Both" if len(scaled) == 2 else f"All {len(scaled)}"
+    if len(scaled) < len(comparison.runs) or len(scaled) > 2:
+        who += " runs in fp16"
     return [f"{who} skipped the same {count(len(skipped[first]), 'step')} for overflows."]
 
 
