@@ -91,17 +91,24 @@ def dropout(x: torch.Tensor, noise: Noise | None, site: int, rate: float) -> tor
 
 
 def _bmm(a, b, factor: float, half: torch.dtype | None) -> torch.Tensor:
-    """`factor * (a @ b)` of operands in three dimensions, the result in the type of products."""
-    shape = (*a.shape[:2], b.shape[2])
-    return cast(a.new_empty(shape).baddbmm_(a, b, beta=0, alpha=factor), half)
+    """`factor * (a @ b)` of operands in three dimensions, in the full type, the product rounded to
+    the type of products."""
+    if half is None:  # the factor costs nothing inside
+        return a.new_empty(*a.shape[:2], b.shape[2]).baddbmm_(a, b, beta=0, alpha=factor)
+    return full(cast(torch.bmm(a, b), half)).mul_(factor)
 
 
 def _add_bmm(total, a, b, factor: float, half: torch.dtype | None) -> None:
-    """Add what `_bmm` gives to `total`, which is of a full type."""
+    """Add what `_bmm` gives to `total`."""
     if half is None:
         total.baddbmm_(a, b, alpha=factor)
     else:
         total.add_(_bmm(a, b, factor, half))
+
+
+def _boosted(x, boost: float, half: torch.dtype | None) -> tuple[torch.Tensor, float]:
+    """`x` as an operand of products, and the factor of theirs that it still wants."""
+    return (x, boost) if half is None else (operand(x * boost, half), 1.0)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -110,7 +117,7 @@ class _CausalAttention(torch.autograd.Function):
 
     With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
-    Factors, here `scale` and `boost`, are taken into the products, where they cost nothing.
+    The factors `scale` and `boost` are taken into the products; a half wants `boost` before them.
     """
 
     @staticmethod
@@ -127,7 +134,7 @@ class _CausalAttention(torch.autograd.Function):
         for start in range(0, length, ROW_BLOCK):
             end = min(start + ROW_BLOCK, length)
             keys = key[:, :end].transpose(1, 2)
-            scores = full(_bmm(query[:, start:end], keys, ctx.scale, half))
+            scores = _bmm(query[:, start:end], keys, ctx.scale, half)
             if not start:
                 triangle = scores.new_full((block, block), -math.inf).triu_(1)
             scores[:, :, start:].add_(triangle[: end - start, : end - start])
@@ -142,7 +149,8 @@ class _CausalAttention(torch.autograd.Function):
             if keep is not None:
                 dropped = _masked(probabilities, keep)
                 record_rows("attention.dropped", dropped, start, heads, site, ctx.boost)
-            output[:, start:end] = _bmm(operand(dropped, half), value[:, :end], ctx.boost, half)
+            dropped, boost = _boosted(dropped, ctx.boost, half)
+            output[:, start:end] = _bmm(dropped, value[:, :end], boost, half)
             ctx.blocks.append((probabilities, keep))
         ctx.save_for_backward(query, key, value, output)
         return output
@@ -160,12 +168,12 @@ class _CausalAttention(torch.autograd.Function):
         ):
             end = min(start + ROW_BLOCK, length)
             part, values = gradient[:, start:end], value[:, :end].transpose(1, 2)
-            d_scores = full(_bmm(part, values, ctx.scale * ctx.boost, half))
+            d_scores = _bmm(part, values, ctx.scale * ctx.boost, half)
             dropped = probabilities
             if keep is not None:
                 d_scores, dropped = _masked(d_scores, keep), _masked(dropped, keep)
-            dropped = operand(dropped, half).transpose(1, 2)
-            _add_bmm(d_value[:, :end], dropped, part, ctx.boost, half)
+            dropped, boost = _boosted(dropped, ctx.boost, half)
+            _add_bmm(d_value[:, :end], dropped.transpose(1, 2), part, boost, half)
             d_scores.sub_(inner_sum[:, start:end]).mul_(probabilities)
             d_scores = operand(d_scores, half)
             d_query[:, start:end] = _bmm(d_scores, key[:, :end], 1, half)

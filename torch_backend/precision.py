@@ -66,7 +66,9 @@ class _Linear(torch.autograd.Function):
         ctx.types, ctx.half, ctx.biased = (x.dtype, kernel.dtype), half, bias is not None
         x, kernel = operand(x, half), operand(kernel, half)
         ctx.save_for_backward(x, kernel)
-        return cast(_affine(x, kernel, None if bias is None else operand(bias, half)), half)
+        if half is None or bias is None:
+            return cast(_affine(x, kernel, bias), half)
+        return multiply(x, kernel, half).add_(cast(bias, half))  # halves are added, as in its twin
 
     @staticmethod
     def backward(ctx, gradient):
