@@ -211,7 +211,7 @@ def _scales(comparison: Comparison) -> Chart | None:
     for i, run in runs.items():
         points = [(r["step"], r["loss_scale"]) for r in run.steps if r["overflow"]]
         if points:
-            mark = "x" if i == 0 else "+"
+            mark = "x" if i == min(runs) else "+"
             axes.plot(*zip(*points, strict=True), mark, color=colour(i), markersize=7)
     log_scale(axes, base=2)
     label_ends(axes, ends)
@@ -465,13 +465,11 @@ def _draw_lines(
     **more: Any,
 ) -> None:
     """A line for each run; a step without a value is bridged."""
-    for i, found in zip(which or range(len(values)), values, strict=True):
+    for place, (i, found) in enumerate(zip(which or range(len(values)), values, strict=True)):
         there = ~np.isnan(found)
+        look = line_style(place, len(values)) | {"color": colour(i)}
         marker = "." if there.sum() == 1 else ""
-        axes.plot(
-            np.array(steps)[there], found[there], marker=marker,
-            **line_style(i, len(values)), **more,
-        )  # fmt: skip
+        axes.plot(np.array(steps)[there], found[there], marker=marker, **look, **more)
 
 
 def _end(values: np.ndarray) -> float:
