@@ -12,11 +12,13 @@ from horovod_lm.topology import place, threads_per_rank
 # With these glibc keeps large blocks instead of giving them back to the kernel at every step, whose
 # page faults cost 13 to 22% of a step. The arenas of other threads than the first give theirs back
 # all the same: an allreduce of 100 MB in Horovod's thread, for which MPI allocates as much, took
-# twice as long. So there is one arena.
+# twice as long. So there is one arena. And it asks for huge pages: where ranks read each other's
+# memory, the kernel looks up each page, and an allreduce of 20 MB took half as long again.
 _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
 

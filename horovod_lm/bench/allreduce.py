@@ -126,8 +126,8 @@ def measure(
         measured = interleave(contestants, rounds, seconds, display.turn)
     result = BenchResult(
         "allreduce",
-        f"Allreduce of fp32 on {ranks} ranks: milliseconds",
-        [Column("size", "size"), *(Column(label, label) for label in labels)],
+        f"Allreduce of fp32 on {ranks} ranks, ms (in place, out of place: raw MPI)",
+        [Column("size", "size"), *(Column(label, _RAW.get(label, label)) for label in labels)],
         {"ranks": ranks, "threads": threads, "rounds": rounds, "seconds": seconds},
     )
     for size in sizes:
