@@ -70,7 +70,8 @@ class RawMPI:
         size = int(count)
         if size not in self._buffers:
             elements = size // 4
-            self._buffers[size] = np.zeros(elements, np.float32), np.ones(elements, np.float32)
+            # Written, both: pages of zeros that never were are one page, and stay in the cache.
+            self._buffers[size] = np.ones(elements, np.float32), np.ones(elements, np.float32)
         first, second = self._buffers[size]
         if kind == "copy":
             np.copyto(second, first)
