@@ -161,6 +161,7 @@ class Process:
                 self._answers.close()
         if self._listener is not None:
             self._listener.close()
+            self._address.unlink(missing_ok=True)  # the next process takes its name
         if self._job.process is not None:
             self._job.wait(5.0)
 
