@@ -315,3 +315,5 @@ def test_clearing_a_stage_ends_its_processes(stage):
     assert len(workers()) == 2
     stage.clear()
     assert workers() == []
+    stage.start("c", SLEEPING, {})  # takes the place of the first
+    assert len(workers()) == 1
