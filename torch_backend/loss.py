@@ -21,8 +21,10 @@ class _HeadLoss(torch.autograd.Function):
         sums = torch.zeros(2, dtype=weights.dtype, device=hidden.device)
         hidden, kernel = operand(hidden, half), operand(kernel, half)
         d_hidden = torch.empty_like(hidden, dtype=weights.dtype) if need else None
-        # In the layout of the kernel's own memory, which is transposed where it is tied.
         d_kernel = torch.zeros_like(kernel, dtype=weights.dtype) if need else None
+        # In the layout of the kernel's own memory, which is transposed where it is tied.
+        tied = not kernel.is_contiguous()
+        d_table = d_kernel.t() if need and tied else d_kernel
         for start in range(0, hidden.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             z = full(multiply(hidden[rows], kernel, half))
@@ -39,14 +41,11 @@ class _HeadLoss(torch.autograd.Function):
                 z.scatter_add_(-1, targets[rows, None], -c[:, None])
                 z = operand(z, half)
                 d_hidden[rows] = multiply(z, kernel.t(), half)
-                if half is None and not kernel.is_contiguous():
-                    d_kernel.t().addmm_(z.t(), hidden[rows])
-                elif half is None:
-                    d_kernel.addmm_(hidden[rows].t(), z)
-                elif not kernel.is_contiguous():
-                    d_kernel.t().add_(cast(z.t() @ hidden[rows], half))
+                left, right = (z.t(), hidden[rows]) if tied else (hidden[rows].t(), z)
+                if half is None:
+                    d_table.addmm_(left, right)
                 else:
-                    d_kernel.add_(cast(hidden[rows].t() @ z, half))
+                    d_table.add_(cast(left @ right, half))
         ctx.gradients = d_hidden, d_kernel
         ctx.mark_non_differentiable(nll_sum := sums[0].clone())
         return sums[1].clone(), nll_sum
