@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,29 +39,6 @@ def command() -> None:
     """
 
 
-def bench_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What every benchmark takes: a config, `--rounds`, `--seconds`, `--quick`, `--json`,
-    `--output` and `--set`."""
-    for option in (
-        set_option,
-        click.option(
-            "--output",
-            type=click.Path(path_type=Path, dir_okay=False),
-            metavar="FILE",
-            help="Write the figures as JSON.",
-        ),
-        json_option,
-        click.option("--quick", is_flag=True, help="Tiny sizes, to see that it runs."),
-        click.option(
-            "--seconds", type=click.FloatRange(0, min_open=True), help="Length of a turn."
-        ),
-        click.option("--rounds", type=click.IntRange(1), help="Turns of each contestant."),
-        click.argument("config", type=click.Path(path_type=Path), required=False),
-    ):
-        function = option(function)
-    return function
-
-
 def settings(config: Path | None, overrides: tuple[str, ...], quick: bool) -> Config:
     """The config of a benchmark: by default the one that comes with it."""
     path = config or Path(__file__).parent.parent / "bench" / "bench.toml"
@@ -79,6 +58,71 @@ def finish(result: BenchResult, as_json: bool, output: Path | None) -> None:
         show(table.title, table.columns, table.rows, table.numbers)
     for note in result.notes:
         click.echo(note)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every benchmark is given; `rounds` and `seconds` have their defaults already."""
+
+    path: Path | None
+    overrides: tuple[str, ...]
+    quick: bool
+    rounds: int
+    seconds: float
+
+    def config(self, *last: str) -> Config:
+        """The config with `--set` and then `last`, more `key=value`, applied."""
+        return settings(self.path, (*self.overrides, *last), self.quick)
+
+
+# What every benchmark takes.
+COMMON = (
+    set_option,
+    click.option(
+        "--output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Write the figures as JSON.",
+    ),
+    json_option,
+    click.option("--quick", is_flag=True, help="Tiny sizes, to see that it runs."),
+    click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Length of a turn."),
+    click.option("--rounds", type=click.IntRange(1), help="Turns of each contestant."),
+    click.argument("config", type=click.Path(path_type=Path), required=False),
+)
+
+
+def benchmark(rounds: int, seconds: float) -> Callable[[Callable[..., BenchResult]], click.Command]:
+    """Make a command, with `COMMON` and these defaults of `--rounds` and `--seconds`, of a function
+    that takes `Given` and the values of its own options; what it returns is shown."""
+    default_rounds, default_seconds = rounds, seconds
+
+    def add(function: Callable[..., BenchResult]) -> click.Command:
+        @functools.wraps(function)
+        def run(
+            config: Path | None,
+            rounds: int | None,
+            seconds: float | None,
+            quick: bool,
+            as_json: bool,
+            output: Path | None,
+            overrides: tuple[str, ...],
+            **own: Any,
+        ) -> None:
+            given = Given(
+                config,
+                overrides,
+                quick,
+                rounds or (QUICK_ROUNDS if quick else default_rounds),
+                seconds or (QUICK_SECONDS if quick else default_seconds),
+            )
+            finish(function(given, **own), as_json, output)
+
+        for option in COMMON:
+            option(run)
+        return command.command()(run)
+
+    return add
 
 
 def choices(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
@@ -106,67 +150,49 @@ def counts(text: str, option: str) -> list[int]:
     return numbers
 
 
-ranks_option = click.option(
+def _known_backends(_: click.Context, __: click.Parameter, text: str) -> list[str]:
+    from horovod_lm.backend import backend_names
+
+    return choices(text, tuple(backend_names()), "--backends")
+
+
+backends_option = click.option(
+    "--backends",
+    default="torch,tensorflow",
+    metavar="NAMES",
+    callback=_known_backends,
+    help="Which frameworks to measure.",
+)
+
+
+@benchmark(rounds=10, seconds=0.3)
+@click.option(
     "-np", "--ranks", type=click.IntRange(1), metavar="N", help="Processes (launch.ranks)."
 )
-backends_option = click.option(
-    "--backends", default="torch,tensorflow", metavar="NAMES", help="Which frameworks to measure."
-)
-
-
-@command.command("allreduce")
-@bench_options
-@ranks_option
 @backends_option
 @click.option("--over", default="mpi,gloo", help="Who reduces for Horovod: mpi, gloo or both.")
-def allreduce(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    ranks: int | None,
-    backends: str,
-    over: str,
-) -> None:
+def allreduce(given: Given, ranks: int | None, backends: list[str], over: str) -> BenchResult:
     """Horovod's allreduce by size.
 
     Against raw MPI and against a copy in memory.
     """
-    from horovod_lm.backend import backend_names
     from horovod_lm.bench.allreduce import QUICK_SIZES, SIZES, TRANSPORTS, measure
 
-    flags = (f"launch.ranks={ranks or 2}",)
-    result = measure(
-        settings(config, (*overrides, *flags), quick),
-        sizes=QUICK_SIZES if quick else SIZES,
-        backends=choices(backends, tuple(backend_names()), "--backends"),
+    return measure(
+        given.config(f"launch.ranks={ranks or 2}"),
+        sizes=QUICK_SIZES if given.quick else SIZES,
+        backends=backends,
         transports=choices(over, TRANSPORTS, "--over"),
-        rounds=rounds or (QUICK_ROUNDS if quick else 10),
-        seconds=seconds or (QUICK_SECONDS if quick else 0.3),
+        rounds=given.rounds,
+        seconds=given.seconds,
     )
-    finish(result, as_json, output)
 
 
-@command.command()
-@bench_options
+@benchmark(rounds=7, seconds=3.0)
 @click.option("--precision", default="fp32", show_default=True, help="Of fp32,bf16,fp16.")
 @click.option("--threads", help="As 1,2; default: 1 and all cores.")
 @click.option("--peers", default="all", show_default=True, help="Names as above, all or none.")
-def throughput(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    precision: str,
-    threads: str | None,
-    peers: str,
-) -> None:
+def throughput(given: Given, precision: str, threads: str | None, peers: str) -> BenchResult:
     """Training speed against peers and bare products.
 
     Both backends against Hugging Face's and KerasHub's GPT-2 and a plain torch model of the same
@@ -180,45 +206,26 @@ def throughput(
 
     names = tuple(peer.name for peer in PEERS)
     chosen = {"all": list(names), "none": []}.get(peers)
-    result = measure(
-        settings(config, overrides, quick),
+    return measure(
+        given.config(),
         precisions=choices(precision, ("fp32", "bf16", "fp16"), "--precision"),
         threads=counts(threads, "--threads") if threads else sorted({1, usable_cores()}),
         peers=choices(peers, names, "--peers") if chosen is None else chosen,
-        rounds=rounds or (QUICK_ROUNDS if quick else 7),
-        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
+        rounds=given.rounds,
+        seconds=given.seconds,
     )
-    finish(result, as_json, output)
 
 
-@command.command("loss-scaling")
-@bench_options
+@benchmark(rounds=11, seconds=3.0)
 @backends_option
-def loss_scaling(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    backends: str,
-) -> None:
+def loss_scaling(given: Given, backends: list[str]) -> BenchResult:
     """What the dynamic loss scaler costs in a step of fp16."""
-    from horovod_lm.backend import backend_names
     from horovod_lm.bench.loss_scaling import measure
 
-    result = measure(
-        settings(config, overrides, quick),
-        backends=choices(backends, tuple(backend_names()), "--backends"),
-        rounds=rounds or (QUICK_ROUNDS if quick else 11),
-        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
-    )
-    finish(result, as_json, output)
+    return measure(given.config(), backends=backends, rounds=given.rounds, seconds=given.seconds)
 
 
-@command.command()
-@bench_options
+@benchmark(rounds=7, seconds=3.0)
 @click.option("--ranks", default="1,2", show_default=True, help="Numbers of ranks.")
 @click.option(
     "--launcher", default="mpirun,gloo", show_default=True, help="Of mpirun,horovodrun,gloo,srun."
@@ -227,19 +234,8 @@ def loss_scaling(
 @click.option("--backends", default="torch,tensorflow", show_default=True, help="Of these two.")
 @click.option("--peers", default="ddp,ddp-own", show_default=True, help="Of these two, or none.")
 def scaling(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    ranks: str,
-    launcher: str,
-    modes: str,
-    backends: str,
-    peers: str,
-) -> None:
+    given: Given, ranks: str, launcher: str, modes: str, backends: str, peers: str
+) -> BenchResult:
     """Speed on several ranks against one.
 
     Weak and strong scaling under each launcher, gloo being horovodrun over Gloo, and against
@@ -249,113 +245,66 @@ def scaling(
     from horovod_lm.bench.scaling import LAUNCHERS, MODES
     from horovod_lm.bench.scaling import scaling as measure
 
-    result = measure(
-        settings(config, overrides, quick),
+    return measure(
+        given.config(),
         ranks=counts(ranks, "--ranks"),
         launchers=choices(launcher, tuple(LAUNCHERS), "--launcher"),
         modes=choices(modes, MODES, "--modes"),
         backends=choices(backends, ("torch", "tensorflow"), "--backends"),
         peers=[] if peers == "none" else choices(peers, ("ddp", "ddp-own"), "--peers"),
-        rounds=rounds or (QUICK_ROUNDS if quick else 7),
-        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
+        rounds=given.rounds,
+        seconds=given.seconds,
     )
-    finish(result, as_json, output)
 
 
-@command.command()
-@bench_options
+@benchmark(rounds=11, seconds=3.0)
 @backends_option
-def dropout(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    backends: str,
-) -> None:
+def dropout(given: Given, backends: list[str]) -> BenchResult:
     """What masks cost that are the same in both frameworks.
 
     Against the masks of a framework's own generator, and against no dropout.
     """
-    from horovod_lm.backend import backend_names
     from horovod_lm.bench.dropout import measure
 
-    result = measure(
-        settings(config, overrides, quick),
-        backends=choices(backends, tuple(backend_names()), "--backends"),
-        rounds=rounds or (QUICK_ROUNDS if quick else 11),
-        seconds=seconds or (QUICK_SECONDS if quick else 3.0),
-    )
-    finish(result, as_json, output)
+    return measure(given.config(), backends=backends, rounds=given.rounds, seconds=given.seconds)
 
 
-@command.command()
-@bench_options
+@benchmark(rounds=7, seconds=2.0)
 @backends_option
-def data(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    backends: str,
-) -> None:
+def data(given: Given, backends: list[str]) -> BenchResult:
     """How fast batches are read.
 
     Against a copy in memory, and against what training consumes.
     """
-    from horovod_lm.backend import backend_names
     from horovod_lm.bench.data import QUICK_TOKENS, TOKENS, measure
 
-    result = measure(
-        settings(config, overrides, quick),
-        tokens=QUICK_TOKENS if quick else TOKENS,
-        backends=choices(backends, tuple(backend_names()), "--backends"),
-        rounds=rounds or (QUICK_ROUNDS if quick else 7),
-        seconds=seconds or (QUICK_SECONDS if quick else 2.0),
+    return measure(
+        given.config(),
+        tokens=QUICK_TOKENS if given.quick else TOKENS,
+        backends=backends,
+        rounds=given.rounds,
+        seconds=given.seconds,
     )
-    finish(result, as_json, output)
 
 
-@command.command()
-@bench_options
+@benchmark(rounds=9, seconds=1.0)
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("."),
     help="A folder on the disk to measure; default: this one.",
 )
-def checkpoint(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    folder: Path,
-) -> None:
+def checkpoint(given: Given, folder: Path) -> BenchResult:
     """How fast checkpoints are saved and loaded.
 
     Against plainly writing (and fsync) and reading as many bytes.
     """
     from horovod_lm.bench.checkpoint import measure
 
-    result = measure(
-        settings(config, overrides, quick),
-        folder=folder,
-        rounds=rounds or (QUICK_ROUNDS if quick else 9),
-        seconds=seconds or (QUICK_SECONDS if quick else 1.0),
-    )
-    finish(result, as_json, output)
+    return measure(given.config(), folder=folder, rounds=given.rounds, seconds=given.seconds)
 
 
-@command.command("cost-model")
-@bench_options
+@benchmark(rounds=7, seconds=0.3)
 @backend_option
 @click.option(
     "--allreduce",
@@ -388,13 +337,7 @@ def checkpoint(
     "--cycle-ms", type=click.FloatRange(0), default=1, show_default=True, help="Horovod's cycle."
 )
 def cost_model(
-    config: Path | None,
-    rounds: int | None,
-    seconds: float | None,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-    overrides: tuple[str, ...],
+    given: Given,
     backend: str | None,
     allreduces: tuple[Path, ...],
     throughput: Path | None,
@@ -404,7 +347,7 @@ def cost_model(
     ranks: str,
     fusion_mb: float,
     cycle_ms: float,
-) -> None:
+) -> BenchResult:
     """Foretell the efficiency of many ranks.
 
     A model of the ring allreduce, fitted to measured allreduces and to a measured step, for links
@@ -414,18 +357,17 @@ def cost_model(
     from horovod_lm.bench.cost_model import measure
 
     last = ["launch.ranks=2", *([f"launch.backend={backend}"] if backend else [])]
-    result = measure(
-        settings(config, (*overrides, *last), quick),
+    return measure(
+        given.config(*last),
         allreduces=allreduces,
         throughput=throughput,
         step_seconds=None if step_ms is None else step_ms / 1e3,
-        sizes=QUICK_SIZES if quick else SIZES,
+        sizes=QUICK_SIZES if given.quick else SIZES,
         links=counts(link_gbit, "--link-gbit"),
         latency=latency_us / 1e6,
         ranks=counts(ranks, "--ranks"),
         fusion=round(fusion_mb * 1e6),
         cycle=cycle_ms / 1e3,
-        rounds=rounds or (QUICK_ROUNDS if quick else 7),
-        seconds=seconds or (QUICK_SECONDS if quick else 0.3),
+        rounds=given.rounds,
+        seconds=given.seconds,
     )
-    finish(result, as_json, output)
