@@ -1,4 +1,4 @@
-"""From a config to a trained run, and from a run back to a model that can be used."""
+"""From a config to a trained run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed, explain, together
@@ -28,7 +26,7 @@ from horovod_lm.backend import (
     load_backend,
 )
 from horovod_lm.ceilings import ideal_times
-from horovod_lm.config import Config, load_config
+from horovod_lm.config import Config
 from horovod_lm.console import TrainingConsole
 from horovod_lm.data.batches import Batches, validation_batches
 from horovod_lm.data.prepare import Prepared, prepare
@@ -43,9 +41,7 @@ from horovod_lm.hooks import (
     Profile,
     ReplicaCheck,
     WeightSketches,
-    local_evaluation,
     peak_memory,
-    perplexity,
 )
 from horovod_lm.loop import Hook, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
@@ -434,53 +430,3 @@ def rank_validation(
         rank=communicator.rank,
         ranks=communicator.size,
     )
-
-
-@dataclass
-class Restored:
-    """A run's model, ready to be used."""
-
-    config: Config
-    prepared: Prepared
-    engine: Engine
-    communicator: Communicator
-    step: int
-
-
-def restore(run: Path, backend: str | None, threads: int | None) -> Restored:
-    """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
-    trained with). Raises `UserError` if there is none."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
-    overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
-    config = load_config(run / "config.toml", overrides)
-    path = checkpoint.newest(run / "checkpoints", log=print)
-    if path is None:
-        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
-    checkpoint.check_model(path, config.model)
-    threads = threads or environment.apply(config)
-    prepared = prepare(config)
-    loaded = load_backend(config.launch.backend, threads)
-    communicator = loaded.communicator()
-    state = checkpoint.load(path)
-    engine = make_engine(config, CausalLM(), loaded, communicator)
-    engine.load_state(EngineState(state.engine.weights))
-    return Restored(config, prepared, engine, communicator, state.step)
-
-
-def evaluate(restored: Restored) -> dict[str, Any]:
-    """Collective: validation loss in nats per target token, perplexity, tokens, step."""
-    communicator = restored.communicator
-    batches = rank_validation(restored.config, restored.prepared, CausalLM(), communicator)
-    local = np.zeros(2)
-    with agreed(communicator):
-        local = local_evaluation(restored.engine, batches)
-    total, count = communicator.allreduce(local)
-    loss = float(total / count)
-    return {
-        "step": restored.step,
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "tokens": int(count),
-        "unigram_entropy": restored.prepared.unigram_entropy,
-    }

@@ -25,10 +25,10 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
     """
     from contextlib import redirect_stdout
 
-    from horovod_lm.train import evaluate, restore
+    from horovod_lm.restored import evaluate, restore
 
     with redirect_stdout(sys.stderr):  # the result alone belongs on stdout
-        restored = restore(run, backend, None)
+        restored = restore(run, backend)
         result = evaluate(restored)
         restored.communicator.shutdown()
     if restored.communicator.rank:

@@ -45,10 +45,10 @@ def command(
     if not text:
         raise UserError("the prompt is empty; give at least one character")
     from horovod_lm.decode import generate
-    from horovod_lm.train import restore
+    from horovod_lm.restored import restore
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
-        restored = restore(run, backend, None)
+        restored = restore(run, backend)
         tokenizer = restored.prepared.tokenizer
         out = generate(
             restored.engine,

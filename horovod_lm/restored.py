@@ -1,0 +1,70 @@
+"""From a run back to a model that can be used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from horovod_lm import checkpoint, environment
+from horovod_lm.agreement import agreed
+from horovod_lm.backend import Communicator, Engine, EngineState, load_backend
+from horovod_lm.config import Config, load_config
+from horovod_lm.data.prepare import Prepared, prepare
+from horovod_lm.errors import UserError
+from horovod_lm.hooks import local_evaluation, perplexity
+from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.train import make_engine, rank_validation
+
+
+@dataclass
+class Restored:
+    """A run's model, ready to be used."""
+
+    config: Config
+    prepared: Prepared
+    engine: Engine
+    communicator: Communicator
+    step: int
+
+
+def restore(run: Path, backend: str | None) -> Restored:
+    """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
+    trained with). Raises `UserError` if there is none."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
+    overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
+    config = load_config(run / "config.toml", overrides)
+    path = checkpoint.newest(run / "checkpoints", log=print)
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
+    checkpoint.check_model(path, config.model)
+    threads = environment.apply(config)
+    prepared = prepare(config)
+    loaded = load_backend(config.launch.backend, threads)
+    communicator = loaded.communicator()
+    state = checkpoint.load(path)
+    engine = make_engine(config, CausalLM(), loaded, communicator)
+    engine.load_state(EngineState(state.engine.weights))
+    return Restored(config, prepared, engine, communicator, state.step)
+
+
+def evaluate(restored: Restored) -> dict[str, Any]:
+    """Collective: validation loss in nats per target token, perplexity, tokens, step."""
+    communicator = restored.communicator
+    batches = rank_validation(restored.config, restored.prepared, CausalLM(), communicator)
+    local = np.zeros(2)
+    with agreed(communicator):
+        local = local_evaluation(restored.engine, batches)
+    total, count = communicator.allreduce(local)
+    loss = float(total / count)
+    return {
+        "step": restored.step,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "tokens": int(count),
+        "unigram_entropy": restored.prepared.unigram_entropy,
+    }
