@@ -25,7 +25,6 @@ from horovod_lm.backend import (
     Precision,
     load_backend,
 )
-from horovod_lm.ceilings import ideal_times
 from horovod_lm.config import Config
 from horovod_lm.console import TrainingConsole
 from horovod_lm.data.batches import Batches, validation_batches
@@ -38,7 +37,6 @@ from horovod_lm.hooks import (
     Evaluation,
     Metrics,
     MetricsFile,
-    Profile,
     ReplicaCheck,
     WeightSketches,
     peak_memory,
@@ -324,7 +322,10 @@ class Training:
         sinks.append(stack.enter_context(console))
         return sinks
 
-    def _profile(self, run: Run, stack: ExitStack) -> Profile:
+    def _profile(self, run: Run, stack: ExitStack) -> Hook:
+        from horovod_lm.ceilings import ideal_times
+        from horovod_lm.profiler import Profile
+
         steps = self.config.output.profiled
         if not hasattr(self.backend, "profile"):
             raise together(

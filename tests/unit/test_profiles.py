@@ -10,8 +10,9 @@ import pytest
 from horovod_lm.ceilings import bytes_per_token, ideal_times, optimizer_bytes
 from horovod_lm.config import make_config
 from horovod_lm.errors import UserError
-from horovod_lm.hooks import Metrics, Profile
+from horovod_lm.hooks import Metrics
 from horovod_lm.loop import train_steps
+from horovod_lm.profiler import Profile
 from horovod_lm.profiles import (
     KINDS,
     MAIN,
