@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
+
+from horovod_lm.launch import MARKER
 
 
 @dataclass
@@ -80,3 +83,16 @@ def on_ranks(size: int, function: Callable[[ThreadCommunicator], Any]) -> list[A
     for thread in threads:
         thread.join()
     return results
+
+
+def processes_of(pid: int) -> list[psutil.Process]:
+    """Living processes of the jobs that the process `pid` started, however they are related to
+    it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER, "").startswith(f"{pid}-"):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found

@@ -12,10 +12,9 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import pytest
 
-from horovod_lm.launch import MARKER
+from tests.helpers import processes_of
 from tests.ranks.jobs import needs_horovod
 
 pytestmark = needs_horovod
@@ -43,19 +42,8 @@ def measured(output, *arguments):
     process = start(*arguments, "--output", str(output))
     text, _ = process.communicate(timeout=280)
     assert process.returncode == 0, text
-    assert processes_of(process) == []
+    assert processes_of(process.pid) == []
     return json.loads(output.read_text()), text
-
-
-def processes_of(driver):
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER, "").startswith(f"{driver.pid}-"):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def ratios(report):
@@ -133,13 +121,13 @@ def test_ctrl_c_leaves_nothing_behind():
         seen.append(line)
         if "measuring" in line:
             break
-    assert processes_of(driver), "".join(seen)
+    assert processes_of(driver.pid), "".join(seen)
     time.sleep(0.5)
     driver.send_signal(signal.SIGINT)
     text, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert "Traceback" not in text
-    assert processes_of(driver) == []
+    assert processes_of(driver.pid) == []
 
 
 # ---- peers are what they are said to be

@@ -14,8 +14,8 @@ import matplotlib
 import psutil
 import pytest
 
-from horovod_lm.launch import MARKER
 from horovod_lm.report.schema import Report
+from tests.helpers import processes_of
 from tests.ranks.jobs import losses, needs_horovod, rows
 
 pytestmark = needs_horovod
@@ -73,26 +73,14 @@ def compared(config, output, *arguments):
     """Run a comparison to its end; returns its exit code, its figures and what it said."""
     driver = start(config, output, "--json", *arguments, stderr=subprocess.PIPE)
     printed, said = driver.communicate(timeout=280)
-    assert processes_of(driver) == []
+    assert processes_of(driver.pid) == []
     report = Report.model_validate_json(printed) if printed else None
     return driver.returncode, report, said
 
 
-def processes_of(driver):
-    """Processes of the driver's jobs, however they are related to it."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER, "").startswith(f"{driver.pid}-"):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 def awake_ranks(driver, rank):
     found = []
-    for process in processes_of(driver):
+    for process in processes_of(driver.pid):
         try:
             if process.environ().get("OMPI_COMM_WORLD_RANK") == rank:
                 found.append(process)
@@ -115,7 +103,7 @@ def test_both_backends_train_the_same_model_and_the_report_says_so(config, tmp_p
     driver = start(config, output)
     text, _ = driver.communicate(timeout=240)
     assert driver.returncode == 0, text
-    assert processes_of(driver) == []
+    assert processes_of(driver.pid) == []
     assert "The two backends train the same model" in text
     assert text.rstrip().endswith(f"report: {output / 'report.html'}")
     report = json.loads((output / "report.json").read_text())
@@ -205,7 +193,7 @@ def test_mistakes_end_in_one_message_before_anything_starts(config, tmp_path, ar
 def test_ctrl_c_ends_the_one_asleep_and_the_one_awake(config, tmp_path):
     driver = start(config, tmp_path / "out")
     read_until(driver, "TensorFlow: starting")
-    assert any(process.status() == psutil.STATUS_STOPPED for process in processes_of(driver))
+    assert any(process.status() == psutil.STATUS_STOPPED for process in processes_of(driver.pid))
     time.sleep(2)
     begin = time.monotonic()
     driver.send_signal(signal.SIGINT)
@@ -213,7 +201,7 @@ def test_ctrl_c_ends_the_one_asleep_and_the_one_awake(config, tmp_path):
     assert driver.returncode == 130
     assert time.monotonic() - begin < 20
     assert "Traceback" not in text
-    assert processes_of(driver) == []
+    assert processes_of(driver.pid) == []
     assert json.loads((tmp_path / "out" / "report.json").read_text())["state"] == "stopped"
 
 
@@ -227,5 +215,5 @@ def test_a_rank_that_dies_ends_both_runs_and_is_named(config, tmp_path):
     text, _ = driver.communicate(timeout=60)
     assert driver.returncode == 1
     assert "TensorFlow's run failed: rank 1 was ended by signal 9" in text
-    assert processes_of(driver) == []
+    assert processes_of(driver.pid) == []
     assert json.loads((tmp_path / "out" / "report.json").read_text())["state"] == "failed"

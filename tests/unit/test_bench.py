@@ -22,8 +22,8 @@ from horovod_lm.bench.training import SeededTokens, stream
 from horovod_lm.cli.bench import command, settings
 from horovod_lm.config import make_config
 from horovod_lm.errors import RunFailed, UserError
-from horovod_lm.launch import MARKER
 from horovod_lm.statistics import Interval
+from tests.helpers import processes_of
 
 ROOT = Path(__file__).parents[2]
 SLEEPING = "tests.unit.bench_work:Sleeping"
@@ -234,23 +234,11 @@ def stage(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with Stage() as found:
         yield found
-    assert processes() == []
-
-
-def processes() -> list[psutil.Process]:
-    """Those of the stages of this process."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARKER, "").startswith(f"{os.getpid()}-"):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+    assert processes_of(os.getpid()) == []
 
 
 def workers() -> list[psutil.Process]:
-    return [p for p in processes() if "horovod_lm.bench.worker" in p.cmdline()]
+    return [p for p in processes_of(os.getpid()) if "horovod_lm.bench.worker" in p.cmdline()]
 
 
 def test_a_process_takes_turns_and_sleeps_between_them(stage):
