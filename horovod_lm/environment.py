@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
 
 from horovod_lm.config import Config
 from horovod_lm.topology import place, threads_per_rank
@@ -20,7 +19,13 @@ _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
+# What mallopt(3) can still set in a process that has started, by the variable whose place it takes:
+# a parameter and its value. Huge pages it can't.
+_LATE = {
+    "MALLOC_MMAP_THRESHOLD_": (-4, 0),  # M_MMAP_MAX: no block is too large
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_ARENA_MAX": (-8, 1),
+}
 
 
 def rank_environment(config: Config, threads: int | None = None) -> dict[str, str]:
@@ -50,18 +55,21 @@ def rank_environment(config: Config, threads: int | None = None) -> dict[str, st
     return values
 
 
-def apply(config: Config, environ: Mapping[str, str] = os.environ) -> int:
+def apply(config: Config) -> int:
     """In a rank, before a framework is imported: set what can still be set, without overriding
     the user's own. Returns the number of threads for this rank."""
     threads = config.launch.threads or threads_per_rank(place())
-    late_allocator = not any(name in environ for name in _ALLOCATOR)
+    late = [setting for name, setting in _LATE.items() if not _is_set(name)]
     for name, value in rank_environment(config, threads).items():
         os.environ.setdefault(name, value)
-    if late_allocator:
-        # The process has started, so glibc no longer reads the variables; ask it directly.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-            mallopt(_M_ARENA_MAX, 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, number in late:
+            mallopt(parameter, number)
     return threads
+
+
+def _is_set(name: str) -> bool:
+    """Whether glibc has read a variable of its allocator, or the tunable of the same meaning."""
+    tunable = "glibc.malloc." + name.removeprefix("MALLOC_").rstrip("_").lower()
+    return name in os.environ or tunable in os.environ.get("GLIBC_TUNABLES", "")

@@ -29,6 +29,10 @@ Examples:
   horovod-lm train configs/quickstart.toml --output runs/mine --profile 20:22
 
 \b
+Export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the launcher: glibc reads it when a rank
+starts, and huge pages make ranks of one machine reduce faster. All else a rank sets itself.
+
+\b
 SIGTERM or SIGUSR1 to a rank stops all ranks after their step, with a checkpoint. mpirun hands
 SIGUSR1 on and waits; on SIGTERM or Ctrl-C it kills its ranks after about a second."""
 

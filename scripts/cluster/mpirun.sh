@@ -15,7 +15,7 @@ set -euo pipefail
 source "$project/scripts/cluster/settings.sh"
 options=(-np "$ranks" --hostfile "$hostfile" --map-by slot --bind-to none)
 for name in OMPI_MCA_mpi_yield_when_idle HOROVOD_CYCLE_TIME \
-    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_; do
+    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ MALLOC_ARENA_MAX GLIBC_TUNABLES; do
     options+=(-x "$name")
 done
 if [[ -n $network ]]; then
