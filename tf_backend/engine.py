@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from horovod_lm.activations import record, tracing
 from horovod_lm.backend import (
     OVERFLOW,
     EngineSettings,
@@ -23,9 +24,8 @@ from tf_backend.layers import Native, Noise, Words
 from tf_backend.loss import head_loss
 from tf_backend.model import Transformer
 from tf_backend.optimizer import OPTIMIZERS, global_norm
-from tf_backend.precision import FULL_TYPES
+from tf_backend.precision import FULL_TYPES, full
 from tf_backend.profiler import scope
-from tf_backend.trace import record, tracing
 from tf_backend.weights import Weights
 
 
@@ -126,7 +126,7 @@ class Engine:
         tokens = micro.inputs["tokens"]
         losses = [self._loss_arrays(loss, loss.factor / loss.normaliser) for loss in micro.losses]
         heads = tuple(loss.head for loss in micro.losses)
-        with tracing() as sites:
+        with tracing(_as_array) as sites:
             hidden = self.model(tf.constant(tokens), self._noise(micro, step))
             scaled, _ = self._losses(hidden, losses, heads)
             record("loss", tf.add_n(scaled)[None])
@@ -249,3 +249,7 @@ def _compiles(settings: EngineSettings) -> bool:
 @tf.function(autograph=False)
 def _all_finite(buffer: tf.Tensor) -> tf.Tensor:
     return tf.reduce_all(tf.math.is_finite(buffer))
+
+
+def _as_array(x: tf.Tensor) -> np.ndarray:
+    return full(x).numpy()

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from horovod_lm.activations import record, record_rows
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
 from tf_backend.precision import (
@@ -23,7 +24,6 @@ from tf_backend.precision import (
     product,
 )
 from tf_backend.profiler import scope
-from tf_backend.trace import record, record_rows
 
 ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
 

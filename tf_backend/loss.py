@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from horovod_lm.activations import record
 from tf_backend.precision import full, multiply, operand
 from tf_backend.profiler import scope
-from tf_backend.trace import record
 
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 

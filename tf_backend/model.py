@@ -5,10 +5,10 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
+from horovod_lm.activations import record
 from horovod_lm.spec import ModelSpec
 from tf_backend.layers import Block, Embeddings, LayerNorm, Noise
 from tf_backend.precision import FULL_TYPES, HALF_TYPES, full, linear
-from tf_backend.trace import record
 
 
 class Transformer(keras.Model):

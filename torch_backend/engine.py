@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from horovod_lm.activations import record, tracing
 from horovod_lm.backend import (
     OVERFLOW,
     EngineSettings,
@@ -23,9 +24,8 @@ from torch_backend.layers import Native, Noise, Words
 from torch_backend.loss import head_loss
 from torch_backend.model import Transformer
 from torch_backend.optimizer import OPTIMIZERS, global_norm
-from torch_backend.precision import FULL_TYPES
+from torch_backend.precision import FULL_TYPES, full
 from torch_backend.profiler import scope
-from torch_backend.trace import record, tracing
 from torch_backend.weights import Weights
 
 
@@ -115,7 +115,7 @@ class Engine:
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site."""
         tokens = self._tensor(micro.inputs["tokens"])
-        with tracing() as sites:
+        with tracing(_as_array) as sites:
             hidden = self.model(tokens, self._noise(micro, step))
             scaled = [self._loss(hidden, s, s.factor / s.normaliser)[0] for s in micro.losses]
             record("loss", torch.stack(scaled).sum(0, keepdim=True))
@@ -203,3 +203,7 @@ class Engine:
         hidden = self.model(self._tensor(tokens), None, caches, position)
         logits = self.model.logits(hidden[:, -1])
         return logits.cpu().numpy(), (caches, position + tokens.shape[1])
+
+
+def _as_array(x: torch.Tensor) -> np.ndarray:
+    return full(x).detach().cpu().numpy()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from horovod_lm.activations import record, record_rows
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
 from torch_backend.precision import (
@@ -22,7 +23,6 @@ from torch_backend.precision import (
     product,
 )
 from torch_backend.profiler import scope
-from torch_backend.trace import record, record_rows
 
 ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from horovod_lm.activations import record
 from torch_backend.precision import cast, full, multiply, operand
 from torch_backend.profiler import scope
-from torch_backend.trace import record
 
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 

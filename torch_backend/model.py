@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from horovod_lm.activations import record
 from horovod_lm.spec import ModelSpec
 from torch_backend.layers import Block, Embeddings, LayerNorm, Native, Noise
 from torch_backend.precision import FULL_TYPES, HALF_TYPES, full, product
-from torch_backend.trace import record
 
 
 class Transformer(nn.Module):
