@@ -323,7 +323,15 @@ def make_config(values: Mapping[str, Any], where: str, base: Path | None = None)
     if base is None:
         return config
     text = tuple(t if t.startswith("corpus:") else str(base / t) for t in config.data.text)
-    return config.model_copy(update={"data": config.data.model_copy(update={"text": text})})
+    return with_keys(config, data={"text": text})
+
+
+def with_keys(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """`config` with some keys of its sections changed, unchecked."""
+    changed = {
+        name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
+    }
+    return config.model_copy(update=changed)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

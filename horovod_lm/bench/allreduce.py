@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +13,7 @@ from horovod_lm.bench.display import Display
 from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import interleave
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.errors import UserError
 
 SIZES = (1_000, 16_000, 128_000, 1_000_000, 4_000_000, 20_000_000, 100_000_000)  # bytes
@@ -160,11 +160,9 @@ def _name(backend: str, transport: str) -> str:
 
 def _over(config: Config, transport: str) -> Config:
     """The config whose launcher makes Horovod reduce by this transport: Gloo needs horovodrun."""
-    launcher: Mapping[str, Any] = {"launcher": "horovodrun", "controller": "gloo"}
     if transport == "mpi":
-        launcher = {"launcher": "mpirun"}
-    launch = config.launch.model_copy(update=dict(launcher))
-    return config.model_copy(update={"launch": launch})
+        return with_keys(config, launch={"launcher": "mpirun"})
+    return with_keys(config, launch={"launcher": "horovodrun", "controller": "gloo"})
 
 
 def size_text(size: int) -> str:

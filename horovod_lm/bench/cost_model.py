@@ -169,7 +169,7 @@ def measure(
         step_seconds = step_seconds or measured
     compute = step_seconds or _measured_step(config, rounds, seconds)
     cost = fit(points)
-    plan = Plan(compute, 4 * sum(p.size for p in spec.parameters), fusion, cycle)
+    plan = Plan(compute, 4 * spec.size, fusion, cycle)
     result = BenchResult(
         "cost-model",
         "Foretold steps",

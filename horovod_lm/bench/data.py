@@ -13,7 +13,7 @@ from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Contestant, Repeated, interleave
 from horovod_lm.bench.training import arguments
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.data.batches import Batches
 from horovod_lm.data.shards import Tokens, TokenWriter
 from horovod_lm.objectives.causal_lm import CausalLM
@@ -47,12 +47,12 @@ def measure(
             Repeated("copy", lambda: np.copyto(target, source), COPIED / BYTES)
         ]
         for backend in backends:
-            launch = config.launch.model_copy(update={"backend": backend})
+            launched = with_keys(config, launch={"backend": backend})
             process = stage.start(
                 backend,
                 "horovod_lm.bench.training:OwnTraining",
-                arguments(config.model_copy(update={"launch": launch}), threads),
-                config=config,
+                arguments(launched, threads),
+                config=launched,
                 threads=threads,
             )
             contestants.append(process.contestant(backend))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from horovod_lm.bench.result import BenchResult
 from horovod_lm.bench.variants import compare_variants
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.errors import UserError
 
 AIM = 1.0  # step time with shared masks / with the framework's own generator
@@ -23,13 +23,10 @@ def measure(config: Config, *, backends: Sequence[str], rounds: int, seconds: fl
             "model.dropout and model.attention_dropout are 0, so that no masks are made; "
             "set one of them above 0"
         )
-    generators = {
-        name: config.model_copy(
-            update={"train": config.train.model_copy(update={"dropout_generator": name})}
-        )
-        for name in ("shared", "native")
+    configs = {
+        name: with_keys(config, train={"dropout_generator": name}) for name in ("shared", "native")
     }
-    dry = model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
+    configs["none"] = with_keys(config, model={"dropout": 0.0, "attention_dropout": 0.0})
     result = BenchResult("dropout", "Dropout by shared masks, by the framework's and none", [])
     result.settings |= {
         "dropout": model.dropout,
@@ -37,7 +34,7 @@ def measure(config: Config, *, backends: Sequence[str], rounds: int, seconds: fl
     }
     return compare_variants(
         result,
-        {**generators, "none": config.model_copy(update={"model": dry})},
+        configs,
         [("shared", "native", AIM), ("shared", "none", None), ("native", "none", None)],
         backends=backends,
         rounds=rounds,

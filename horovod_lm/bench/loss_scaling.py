@@ -9,7 +9,7 @@ from typing import Any
 from horovod_lm.bench.result import BenchResult
 from horovod_lm.bench.training import OwnTraining
 from horovod_lm.bench.variants import Variants, compare_variants
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.loss_scale import LossScaler
 
 AIM = 1.02  # step time with the scaler / without
@@ -38,9 +38,8 @@ class Scalings(Variants):
 def measure(config: Config, *, backends: Sequence[str], rounds: int, seconds: float) -> BenchResult:
     """Measure fp16 steps with the dynamic scaler (check of this rank's gradients, unscaling, the
     scaler itself) against fp16 steps without."""
-    train = config.train.model_copy(update={"precision": "fp16"})
-    scaling = config.loss_scale.model_copy(update={"mode": "dynamic", "initial": SCALE})
-    config = config.model_copy(update={"train": train, "loss_scale": scaling})
+    scaling = {"mode": "dynamic", "initial": SCALE}
+    config = with_keys(config, train={"precision": "fp16"}, loss_scale=scaling)
     result = BenchResult("loss-scaling", "fp16 with a dynamic loss scaler and without", [])
     result.notes.append(
         "none: loss scale 1, no check of this rank's gradients, no unscaling. Whether the reduced "

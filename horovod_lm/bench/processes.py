@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from horovod_lm.bench.rounds import Sample
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.environment import rank_environment
 from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.launch import (
@@ -92,8 +92,7 @@ class Stage(AbstractContextManager["Stage"]):
             command[4:4] = [f"--nproc-per-node={ranks}", "--module"]
         elif ranks is not None:
             assert config is not None
-            launch = config.launch.model_copy(update={"ranks": ranks})
-            config = config.model_copy(update={"launch": launch})
+            config = with_keys(config, launch={"ranks": ranks})
             command = launch_command(config, command, [*ours, *fixed, MARKER])
         marker = f"{self._marker}/{number}"
         environment = {**launch_environment(ours, marker), **fixed}

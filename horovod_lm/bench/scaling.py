@@ -10,10 +10,10 @@ from horovod_lm.bench.display import Display
 from horovod_lm.bench.processes import Process, Stage, Turns
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
-from horovod_lm.bench.throughput import BACKENDS, WORKS, check_peers, with_keys
+from horovod_lm.bench.throughput import BACKENDS, WORKS, check_peers
 from horovod_lm.bench.tools import DISTRIBUTED, PeerKind
 from horovod_lm.bench.training import arguments
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.errors import UserError
 from horovod_lm.topology import usable_cores
 

@@ -13,7 +13,7 @@ from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
 from horovod_lm.bench.tools import PEERS, PeerKind
 from horovod_lm.bench.training import arguments
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.errors import UserError
 from horovod_lm.topology import usable_cores
 
@@ -85,14 +85,6 @@ def throughput(
             stage.clear()
     result.notes += _notes(config, threads)
     return result
-
-
-def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
-    """`config` with some keys of its sections changed."""
-    changed = {
-        name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
-    }
-    return config.model_copy(update=changed)
 
 
 def check_peers(config: Config, peers: Sequence[PeerKind]) -> None:

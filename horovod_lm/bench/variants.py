@@ -10,7 +10,7 @@ from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
 from horovod_lm.bench.training import OwnTraining
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 
 
 class Variants:
@@ -55,10 +55,7 @@ def compare_variants(
     with Stage() as stage, Display(len(backends) * len(configs) * rounds, "tokens") as display:
         for backend in backends:
             dumps = {
-                name: {
-                    **variant.model_dump(mode="json"),
-                    "launch": {**variant.launch.model_dump(mode="json"), "backend": backend},
-                }
+                name: with_keys(variant, launch={"backend": backend}).model_dump(mode="json")
                 for name, variant in configs.items()
             }
             process = stage.start(
@@ -79,7 +76,7 @@ def compare_variants(
     result.settings |= {"threads": threads, "rounds": rounds, "seconds": seconds}
     result.settings |= {
         "tokens_per_step": tokens,
-        "parameters": sum(p.size for p in config.model.parameters),
+        "parameters": config.model.size,
     }
     for backend, found in measured.items():
         for name in configs:

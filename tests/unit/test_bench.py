@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio, significant
 from horovod_lm.bench.rounds import Repeated, Sample, interleave
-from horovod_lm.bench.throughput import check_peers, with_keys
+from horovod_lm.bench.throughput import check_peers
 from horovod_lm.bench.tools import PEERS, products_of
 from horovod_lm.bench.training import SeededTokens, stream
 from horovod_lm.cli.bench import command, settings
-from horovod_lm.config import make_config
+from horovod_lm.config import make_config, with_keys
 from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.statistics import Interval
 from tests.helpers import processes_of
