@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from horovod_lm.statistics import Interval
+
 # Okabe and Ito's colours, the light ones darkened until they can be read as text: told apart by
 # colour-blind eyes, and each with the one that the page shows in the dark.
 PALETTE = (
@@ -31,7 +33,7 @@ PALETTE = (
 INK = "#010101"  # stand-ins that `_themed` replaces
 _FAINT, _PAPER = "#020202", "#030303"
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.4)), (0, (7, 2, 1, 2)), (0, (2.5, 1.2)))
-MARKERS = "osD^vP"
+_MARKERS = "osD^vP"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and needs no font in the page
     "svg.hashsalt": "horovod_lm",
@@ -82,6 +84,11 @@ def colour(which: int) -> str:
     return PALETTE[which % len(PALETTE)][0]
 
 
+def marker(which: int) -> str:
+    """The mark of a run."""
+    return _MARKERS[which % len(_MARKERS)]
+
+
 def line_style(which: int, count: int) -> dict[str, Any]:
     """The first of several lines that may coincide is broad and pale; the others lie dashed on top
     of it, each with dashes of its own."""
@@ -111,6 +118,32 @@ def make_axes(x: str, y: str, height: float = HEIGHT, whole: bool = True) -> tup
     if "second" in (x.split() + y.split()):  # speeds are in thousands
         (axes.yaxis if "second" in y else axes.xaxis).set_major_formatter("{x:,.0f}")
     return figure, axes
+
+
+def make_rows(names: Sequence[str], which: Sequence[int], x: str) -> tuple[Figure, Axes]:
+    """Axes with a row for each of some runs."""
+    figure, axes = make_axes(x, "", height=1.15 + 0.42 * len(which), whole=False)
+    axes.set_yticks(range(len(which)), [_wrapped(names[i]) for i in which])
+    for label, i in zip(axes.get_yticklabels(), which, strict=True):
+        label.set_color(colour(i))
+    axes.set_ylim(len(which) - 0.5, -0.5)
+    axes.margins(x=0.06)
+    axes.grid(axis="y", visible=False)
+    return figure, axes
+
+
+def _wrapped(name: str) -> str:
+    return name.replace(", ", ",\n", 1) if len(name) > 20 else name
+
+
+def draw_interval(
+    axes: Axes, row: int, middle: float, interval: Interval, dots: Sequence[float], which: int
+) -> None:
+    """A middle value with its interval, and the single values behind it."""
+    paint = colour(which)
+    axes.plot([interval.low, interval.high], [row, row], color=paint, linewidth=3, alpha=0.5)
+    axes.plot(dots, [row + 0.22] * len(dots), ".", color=paint, markersize=5, alpha=0.7)
+    axes.plot([middle], [row], marker(which), color=paint, markersize=8)
 
 
 def log_scale(axes: Axes, base: int = 10) -> None:

@@ -88,6 +88,12 @@ class Comparison:
         """The first run that is meant to train the same as a run; itself if it is the first."""
         return next(i for i in range(which + 1) if not self.changed(which, i))
 
+    def against(self, which: int) -> int:
+        """The run that a run's curve and weights are compared with: its twin before it, or else
+        the baseline."""
+        twin = self.twin(which)
+        return 0 if twin == which else twin
+
     def judged(self, which: int) -> bool:
         """Whether a run's curve is held against the margin: in fp32, where a run before it is meant
         to be the same and draws the same dropout masks."""

@@ -242,8 +242,7 @@ def _estimate(found: tuple[float, Interval] | None) -> Estimate | None:
 
 
 def _curves(comparison: Comparison, which: int) -> CurveFigures | None:
-    twin = comparison.twin(which)
-    against = 0 if twin == which else twin
+    against = comparison.against(which)
     found = comparison.curves(which, against)
     if found is None:
         return None
