@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.parity.compare import difference
 from tests.parity.conftest import micro_batch
@@ -20,14 +19,7 @@ def pair(make_pair):
 def give_gradient(engine, gradients) -> None:
     """Put `gradients`, by canonical name, where `forward_backward` would have added its own."""
     engine.forward_backward(micro_batch(engine.spec), 0, 1.0)
-    weights = engine.weights
-    if isinstance(weights.gradients, tf.Tensor):
-        variables = [tf.Variable(tf.zeros_like(value)) for value in weights.values]
-        weights.write(variables, gradients)
-        flat = [tf.reshape(variable, [-1]) for variable in variables]
-        weights.gradients = tf.concat([*flat, weights.gradients[weights.size :]], 0)
-    else:
-        weights.write(weights.gradients, gradients)
+    engine.load_gradients(gradients)
 
 
 def made_gradients(spec) -> dict[str, np.ndarray]:
