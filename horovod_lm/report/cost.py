@@ -21,6 +21,7 @@ from horovod_lm.report.drawing import (
 from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import PARTS
 from horovod_lm.report.table import PART_WORDS, count, digits
+from horovod_lm.report.verdict import kind_ms
 
 _HATCHES = (None, "//", "\\\\", "--", "xx", "||")  # of bars, for print without colours
 
@@ -137,13 +138,11 @@ def chart_of_parts(comparison: Comparison) -> Chart | None:
 
 def chart_of_kinds(comparison: Comparison) -> Chart | None:
     """Time of a step by kind of operation, from the profiles."""
-    profiles = {i: run.profile for i, run in enumerate(comparison.runs) if run.profile}
+    profiles = {i: profile for i, profile in enumerate(comparison.profiles) if profile}
     if not profiles:
         return None
     kinds = dict.fromkeys(chain.from_iterable(p["kinds"] for p in profiles.values()))
-    groups = {
-        kind: [p["kinds"].get(kind, {"ms": 0.0})["ms"] for p in profiles.values()] for kind in kinds
-    }
+    groups = {kind: [kind_ms(profile, kind) for profile in profiles.values()] for kind in kinds}
     spans = "; ".join(
         f"{comparison.names[i]}, steps {p['steps'][0]} to {p['steps'][1]}"
         for i, p in profiles.items()

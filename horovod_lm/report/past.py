@@ -151,6 +151,10 @@ class PastRuns(Comparison):
             for run, turns in zip(self.runs, self._turns, strict=True)
         ]
 
+    def turns(self, which: int) -> Sequence[Slice]:
+        """As of every comparison: of the one that the run was part of."""
+        return self._turns[which]
+
     def speed(self, which: int) -> tuple[float, Interval] | None:
         """Median tokens per second over equal stretches of a run, and its bootstrap interval."""
         return self._own_speeds[which]

@@ -13,7 +13,15 @@ from typing import Any
 from horovod_lm import statistics
 from horovod_lm.config import Config
 from horovod_lm.report.curves import MARGIN, Curves
-from horovod_lm.report.runs import Row, Run, Slice, mean_parts, tokens_per_second, whole_steps
+from horovod_lm.report.runs import (
+    Row,
+    Run,
+    Slice,
+    mean_parts,
+    tokens_per_second,
+    whole_profile,
+    whole_steps,
+)
 from horovod_lm.report.table import Line, make_table
 from horovod_lm.report.verdict import make_verdict
 from horovod_lm.statistics import LEAST_ROUNDS, Equivalence, Interval
@@ -139,6 +147,10 @@ class Comparison:
         """The step rows of each run, of all seeds, that lie wholly in one of its slices."""
         return [self._rows(which) for which in range(len(self.runs))]
 
+    def turns(self, which: int) -> Sequence[Slice]:
+        """The slices of a run, with the first seed."""
+        return [s for s in self.slices if s.label == self.labels[which] and s.seed == 0]
+
     def _rows(self, which: int, number: int | None = None) -> list[Row]:
         mine = [s for s in self.slices if s.label == self.labels[which]]
         return [
@@ -207,6 +219,11 @@ class Comparison:
     def parts(self) -> list[dict[str, float] | None]:
         """Mean time of a step of each run by part, in ms."""
         return [mean_parts(rows) for rows in self.counted]
+
+    @cached_property
+    def profiles(self) -> list[Row | None]:
+        """The profile of each run that has one; without those in whose steps it slept."""
+        return [whole_profile(run, self.turns(which)) for which, run in enumerate(self.runs)]
 
     # What is shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +118,17 @@ def whole_steps(run: Run, slice_: Slice) -> list[Row]:
         if row["time"] - row["seconds"] >= slice_.begin and row["time"] <= slice_.end
     ]
     return [row for row in inside[1:] if row["step"] > WARM_UP and not row.get("profiled")]
+
+
+def whole_profile(run: Run, slices: Sequence[Slice]) -> Row | None:
+    """A run's profile; None where there is none, or where the run slept within its steps, as a fast
+    model may that passes a few more of them before it is put to sleep. `slices` are all of the run:
+    each sleep ends with one."""
+    spans = [
+        (row["time"] - row["seconds"], row["time"]) for row in run.steps if row.get("profiled")
+    ]
+    slept = any(begin < s.begin < end for begin, end in spans for s in slices)
+    return None if slept else run.profile
 
 
 def tokens_per_second(rows: list[Row]) -> float | None:

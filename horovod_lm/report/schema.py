@@ -92,7 +92,7 @@ class VariantFigures(_Figures):
     ratio: Estimate | None = Field(description="tokens per second / the baseline's, round by round")
     faster: bool | None = Field(description="than the baseline; null: not shown")
     step_ms: dict[str, float] | None = Field(description="mean time of a step by part")
-    profile: ProfileFigures | None
+    profile: ProfileFigures | None = Field(description="null too if the run slept within its steps")
     memory_mib: dict[str, float] | None = Field(description="largest: of one rank; sum: of all")
     seconds_to_first_step: float | None = Field(description="from the start of its job")
     first_step_seconds: float | None = Field(description="with compilation")
@@ -208,7 +208,7 @@ def _variant(comparison: Comparison, which: int) -> VariantFigures:
     run, first = comparison.runs[which], which == 0
     flat = flat_values(run.config)
     keys = differing_keys([run.config for run in comparison.runs])
-    profile = run.profile
+    profile = comparison.profiles[which]
     return VariantFigures(
         label=comparison.labels[which],
         name=comparison.names[which],

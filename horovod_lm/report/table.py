@@ -147,7 +147,7 @@ def _part_lines(comparison: Comparison) -> list[Line]:
 
 def _kind_lines(comparison: Comparison) -> list[Line]:
     """Time of a step by kind of operation, from the profiles of those runs that have one."""
-    profiles = [run.profile for run in comparison.runs]
+    profiles = comparison.profiles
     if not any(profiles):
         return []
     whole = tuple(profile["step_ms"] if profile else None for profile in profiles)

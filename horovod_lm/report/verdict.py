@@ -108,7 +108,11 @@ def _train_others(comparison: Comparison, others: list[int]) -> str:
     first, who = comparison.names[0], listing([comparison.names[i] for i in others])
     curves = [found for which in others if (found := comparison.curves(which))]
     differ = f"; the loss curves differ {_extent(curves)}" if curves else ""
-    seeds = "" if len(comparison.seeds) > 1 else ". Whether they end alike --seeds can say"
+    seeds = (
+        ""
+        if len(comparison.seeds) > 1
+        else ". Whether they end alike --seeds can say"
+    )
     verb = "are" if len(others) > 1 else is_are(who)
     return f"{who} {verb} to train otherwise than {first} ({many}){differ}{seeds}."
 
@@ -224,10 +228,16 @@ def _about_kinds(comparison: Comparison) -> list[str]:
 
 
 def _why(comparison: Comparison, slow: int, fast: int) -> list[str]:
-    profiles = comparison.runs[slow].profile, comparison.runs[fast].profile
+    names, profiles = comparison.names, (comparison.profiles[slow], comparison.profiles[fast])
     if profiles[0] is None or profiles[1] is None:
-        return []
-    names, milliseconds = comparison.names, (profiles[0]["step_ms"], profiles[1]["step_ms"])
+        slept = [
+            i for i in (slow, fast) if comparison.runs[i].profile and not comparison.profiles[i]
+        ]
+        return [
+            f"The profile of {names[i]} says nothing: the run slept within its steps."
+            for i in slept
+        ]
+    milliseconds = profiles[0]["step_ms"], profiles[1]["step_ms"]
     longer = milliseconds[0] - milliseconds[1]
     if longer <= 0:
         return [

@@ -331,6 +331,24 @@ def test_a_profile_that_says_the_contrary_explains_nothing(tmp_path):
     )
 
 
+def test_a_profile_in_whose_steps_the_run_slept_is_left_out(tmp_path):
+    profiles = [make_profile(optimizer=10.0), make_profile(optimizer=12_000.0)]
+    comparison = make_variants(tmp_path, BACKENDS, speeds=[(1.1, 1)] * 6, profiles=profiles)
+    for run in comparison.runs:
+        for row in run.steps[-3:]:
+            row["profiled"] = True
+    assert comparison.profiles == profiles  # they lie wholly in the last turn
+    slept = Comparison(comparison.config, comparison.runs, comparison.slices)
+    slept.runs[1].steps[-2]["seconds"] += 36.0  # from before the last turn until in it
+    assert slept.profiles == [profiles[0], None]
+    assert slept.verdict[-1] == (
+        "The profile of TensorFlow says nothing: the run slept within its steps."
+    )
+    assert slept.as_json()["variants"][1]["profile"] is None
+    rows = {line.quantity: line for line in slept.table}
+    assert rows["step in the profile, ms"].values == (10.0, None)
+
+
 def test_without_a_difference_no_kind_is_named(tmp_path):
     profiles = [make_profile(optimizer=10.0), make_profile(optimizer=12.0)]
     comparison = make_variants(tmp_path, BACKENDS, profiles=profiles)
