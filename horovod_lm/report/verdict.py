@@ -111,7 +111,7 @@ def _train_others(comparison: Comparison, others: list[int]) -> str:
     seeds = (
         ""
         if len(comparison.seeds) > 1
-        else ". Whether they end alike --seeds can say"
+        else ". Whether they end alike takes a test over several seeds: horovod-lm compare --seeds"
     )
     verb = "are" if len(others) > 1 else is_are(who)
     return f"{who} {verb} to train otherwise than {first} ({many}){differ}{seeds}."

@@ -227,7 +227,7 @@ def test_a_grid_compares_curves_of_what_is_meant_to_be_the_same(tmp_path):
     assert others == (
         "PyTorch norm_placement=post is to train otherwise than PyTorch norm_placement=pre "
         "(model.norm_placement); the loss curves differ by up to 5.0e-01 nats over 120 steps. "
-        "Whether they end alike --seeds can say."
+        "Whether they end alike takes a test over several seeds: horovod-lm compare --seeds."
     )
     figures = comparison.as_json()["variants"]
     against = [variant["curves"] and variant["curves"]["against"] for variant in figures]
