@@ -17,12 +17,21 @@ from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column
 from horovod_lm.bench.rounds import interleave
 from horovod_lm.bench.throughput import BACKENDS
-from horovod_lm.bench.training import arguments
+from horovod_lm.bench.training import start_own, step_tokens
 from horovod_lm.config import Config
 from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
 
 GIGABIT = 1e9 / 8  # bytes a second
+
+COLUMNS = (
+    Column("link_gbit", "link, Gbit/s"),
+    Column("ranks", "ranks"),
+    Column("allreduce_ms", "allreduce, ms"),
+    Column("step_ms", "step, ms"),
+    Column("efficiency", "efficiency", share=True),
+    Column("efficiency_hidden", "if hidden", share=True),
+)
 
 
 @dataclass(frozen=True)
@@ -153,17 +162,7 @@ def measure(
     backend, spec = config.launch.backend, config.model
     points = [p for path in allreduces for p in _points(path, backend)]
     if not points:
-        points = _points_of(
-            allreduce.measure(
-                config,
-                sizes=sizes,
-                backends=[backend],
-                transports=["mpi"],
-                rounds=rounds,
-                seconds=seconds,
-            ).as_json(),
-            backend,
-        )
+        points = _measured_points(config, sizes, rounds, seconds)
     if throughput is not None:
         spec, measured = _step(throughput, backend)
         step_seconds = step_seconds or measured
@@ -173,14 +172,7 @@ def measure(
     result = BenchResult(
         "cost-model",
         "Foretold steps",
-        [
-            Column("link_gbit", "link, Gbit/s"),
-            Column("ranks", "ranks"),
-            Column("allreduce_ms", "allreduce, ms"),
-            Column("step_ms", "step, ms"),
-            Column("efficiency", "efficiency", share=True),
-            Column("efficiency_hidden", "if hidden", share=True),
-        ],
+        COLUMNS,
         {
             "fixed_ms": 1e3 * cost.fixed,
             "host_gb_per_second": 1e-9 / cost.host if cost.host else None,
@@ -195,31 +187,38 @@ def measure(
         },
         group_by=("link_gbit",),
     )
-    for link in links:
-        for count in ranks:
-            communication = plan.communication(cost, count, link * GIGABIT, latency)
-            after, hidden = plan.efficiency(communication)
-            result.rows.append(
-                {
-                    "link_gbit": link,
-                    "ranks": count,
-                    "allreduce_ms": 1e3 * communication,
-                    "step_ms": 1e3 * (compute + communication),
-                    "efficiency": after,
-                    "efficiency_hidden": hidden,
-                }
-            )
+    result.rows = [_row(plan, cost, link, latency, n) for link in links for n in ranks]
+    result.notes = _notes(plan, cost, points, latency)
+    return result
+
+
+def _row(
+    plan: Plan, cost: AllreduceCost, link: float, latency: float, ranks: int
+) -> dict[str, Any]:
+    """The foretold step of `ranks` ranks over links of `link` Gbit/s."""
+    communication = plan.communication(cost, ranks, link * GIGABIT, latency)
+    after, hidden = plan.efficiency(communication)
+    return {
+        "link_gbit": link,
+        "ranks": ranks,
+        "allreduce_ms": 1e3 * communication,
+        "step_ms": 1e3 * (plan.compute + communication),
+        "efficiency": after,
+        "efficiency_hidden": hidden,
+    }
+
+
+def _notes(plan: Plan, cost: AllreduceCost, points: Sequence[Point], latency: float) -> list[str]:
     memory = f"{1e-9 / cost.host:.3g} GB/s" if cost.host else "no time"
-    result.notes = [
+    return [
         f"Fitted to {len(points)} allreduces: {1e3 * cost.fixed:.3g} ms whatever the size, "
         f"{memory} in a rank's memory; largest error {largest_error(cost, points):.0%}.",
-        f"A step computes for {1e3 * compute:.4g} ms on each rank and reduces "
+        f"A step computes for {1e3 * plan.compute:.4g} ms on each rank and reduces "
         f"{plan.size / 1e6:.3g} MB in {plan.buffers} allreduce{'s' * (plan.buffers > 1)}; "
         f"latency {1e6 * latency:g} µs a message, each rank on a link of its own.",
         "Efficiency: a rank's speed against one rank's alone, the allreduce after the backward; "
         "if hidden: the most that could be reached by reducing during the backward.",
     ]
-    return result
 
 
 def _read(path: Path, bench: str) -> dict[str, Any]:
@@ -263,16 +262,25 @@ def _step(path: Path, backend: str) -> tuple[ModelSpec, float]:
     raise UserError(f"{path} has no {wanted} in fp32; measure it, or give --step-ms")
 
 
+def _measured_points(
+    config: Config, sizes: Sequence[int], rounds: int, seconds: float
+) -> list[Point]:
+    """Allreduces of the config's backend over MPI, measured now."""
+    backend = config.launch.backend
+    found = allreduce.measure(
+        config,
+        sizes=sizes,
+        backends=[backend],
+        transports=["mpi"],
+        rounds=rounds,
+        seconds=seconds,
+    )
+    return _points_of(found.as_json(), backend)
+
+
 def _measured_step(config: Config, rounds: int, seconds: float) -> float:
     """Seconds of a step of one rank, measured now."""
-    threads = config.launch.threads or 1
     with Stage() as stage, Display(rounds, "tokens") as display:
-        process = stage.start(
-            config.launch.backend,
-            "horovod_lm.bench.training:OwnTraining",
-            arguments(config, threads),
-            config=config,
-            threads=threads,
-        )
-        measured = interleave([process.contestant("step")], rounds, seconds, display.turn)
-    return config.train.global_batch_size * config.model.context / measured.rate("step")
+        training = start_own(stage, config).contestant("step")
+        measured = interleave([training], rounds, seconds, display.turn)
+    return step_tokens(config) / measured.rate("step")

@@ -11,8 +11,8 @@ import numpy as np
 from horovod_lm.bench.display import Display
 from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio
-from horovod_lm.bench.rounds import Contestant, Repeated, interleave
-from horovod_lm.bench.training import arguments
+from horovod_lm.bench.rounds import Contestant, Repeated, Rounds, interleave
+from horovod_lm.bench.training import start_own, step_tokens
 from horovod_lm.config import Config, with_keys
 from horovod_lm.data.batches import Batches
 from horovod_lm.data.shards import Tokens, TokenWriter
@@ -28,8 +28,7 @@ def measure(
 ) -> BenchResult:
     """Measure batches of one rank from memory-mapped shards of `tokens` ids, prepared ahead in a
     thread as the training loop has them. The ids are drawn from a seed."""
-    threads = config.launch.threads or 1
-    with tempfile.TemporaryDirectory(prefix="horovod-lm-bench-") as folder, Stage() as stage:
+    with tempfile.TemporaryDirectory(prefix="horovod-lm-bench-") as folder:
         batches = Batches(
             _write(Path(folder), tokens, config),
             CausalLM(),
@@ -40,28 +39,7 @@ def measure(
             rank=0,
             ranks=1,
         )
-        per_batch = config.train.global_batch_size * config.model.context
-        source = np.ones(COPIED // 4, np.float32)
-        target = np.empty_like(source)
-        contestants: list[Contestant] = [
-            Repeated("copy", lambda: np.copyto(target, source), COPIED / BYTES)
-        ]
-        for backend in backends:
-            launched = with_keys(config, launch={"backend": backend})
-            process = stage.start(
-                backend,
-                "horovod_lm.bench.training:OwnTraining",
-                arguments(launched, threads),
-                config=launched,
-                threads=threads,
-            )
-            contestants.append(process.contestant(backend))
-        with (
-            batches.ahead(0) as stream,
-            Display(rounds * (1 + len(contestants)), "tokens") as display,
-        ):
-            contestants.insert(0, Repeated("reader", lambda: next(stream), per_batch))
-            measured = interleave(contestants, rounds, seconds, display.turn)
+        measured = _race(config, batches, backends, rounds, seconds)
     result = BenchResult(
         "data",
         "Batches from memory-mapped shards",
@@ -72,8 +50,8 @@ def measure(
         ],
         {
             "tokens": tokens,
-            "tokens_per_batch": per_batch,
-            "threads": threads,
+            "tokens_per_batch": step_tokens(config),
+            "threads": config.launch.threads or 1,
             "rounds": rounds,
             "seconds": seconds,
         },
@@ -91,6 +69,24 @@ def measure(
         f"{COPIED // 1_000_000} MB by one thread; the shards are in the page cache.",
     ]
     return result
+
+
+def _race(
+    config: Config, batches: Batches, backends: Sequence[str], rounds: int, seconds: float
+) -> Rounds:
+    """Let `reader`, `copy` and a training by each backend take turns."""
+    source = np.ones(COPIED // 4, np.float32)
+    target = np.empty_like(source)
+    turns = rounds * (2 + len(backends))
+    with batches.ahead(0) as stream, Stage() as stage, Display(turns, "tokens") as display:
+        contestants: list[Contestant] = [
+            Repeated("reader", lambda: next(stream), step_tokens(config)),
+            Repeated("copy", lambda: np.copyto(target, source), COPIED / BYTES),
+        ]
+        for backend in backends:
+            process = start_own(stage, with_keys(config, launch={"backend": backend}))
+            contestants.append(process.contestant(backend))
+        return interleave(contestants, rounds, seconds, display.turn)
 
 
 def _write(folder: Path, count: int, config: Config) -> Tokens:

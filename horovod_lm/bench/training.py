@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from horovod_lm.objectives.causal_lm import CausalLM
 from horovod_lm.randomness import initial_weights
 from horovod_lm.schedule import learning_rate
 from horovod_lm.train import make_engine
+
+if TYPE_CHECKING:
+    from horovod_lm.bench.processes import Process, Stage
 
 WINDOWS = 64  # batches of different tokens before they come again
 
@@ -45,6 +48,23 @@ def stream(config: Config) -> SeededTokens:
 def arguments(config: Config, threads: int, **more: Any) -> dict[str, Any]:
     """The keyword arguments of the works below, as JSON can hold them."""
     return {"config": config.model_dump(mode="json"), "threads": threads, **more}
+
+
+def step_tokens(config: Config) -> int:
+    """Target tokens of a step of all ranks."""
+    return config.train.global_batch_size * config.model.context
+
+
+def start_own(stage: Stage, config: Config) -> Process:
+    """A process with `OwnTraining` of the config, on one rank."""
+    threads = config.launch.threads or 1
+    return stage.start(
+        config.launch.backend,
+        f"{__name__}:OwnTraining",
+        arguments(config, threads),
+        config=config,
+        threads=threads,
+    )
 
 
 def batch_sizes(config: Config, sizes: Mapping[str, int] | None) -> dict[str, int]:

@@ -9,7 +9,7 @@ from horovod_lm.bench.display import Display
 from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
-from horovod_lm.bench.training import OwnTraining
+from horovod_lm.bench.training import OwnTraining, step_tokens
 from horovod_lm.config import Config, with_keys
 
 
@@ -49,8 +49,7 @@ def compare_variants(
     should be. `work` makes the `Variants` in a process for each backend.
     """
     config = next(iter(configs.values()))
-    threads, batch = config.launch.threads or 1, config.train.global_batch_size
-    tokens = batch * config.model.context
+    threads, tokens = config.launch.threads or 1, step_tokens(config)
     measured: dict[str, Rounds] = {}
     with Stage() as stage, Display(len(backends) * len(configs) * rounds, "tokens") as display:
         for backend in backends:
