@@ -24,6 +24,7 @@ from horovod_lm.report.runs import (
 )
 from horovod_lm.report.table import Line, make_table
 from horovod_lm.report.verdict import make_verdict
+from horovod_lm.report.weights import Drift, weight_drift
 from horovod_lm.statistics import LEAST_ROUNDS, Equivalence, Interval
 from horovod_lm.variants import differing_keys, display_names
 
@@ -101,6 +102,16 @@ class Comparison:
         the baseline."""
         twin = self.twin(which)
         return 0 if twin == which else twin
+
+    def drift(self, which: int) -> Drift | None:
+        """How far a run's weights have drifted from those of the run it is compared with; None
+        in the baseline, and where their sketches are missing or do not fit."""
+        return self._drifts[which]
+
+    @cached_property
+    def _drifts(self) -> list[Drift | None]:
+        pairs = [(self.runs[which], self.runs[self.against(which)]) for which in self.others]
+        return [None, *(weight_drift(run, first) for run, first in pairs)]
 
     def judged(self, which: int) -> bool:
         """Whether a run's curve is held against the margin: in fp32, where a run before it is meant

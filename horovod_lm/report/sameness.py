@@ -29,7 +29,7 @@ from horovod_lm.report.drawing import (
 )
 from horovod_lm.report.results import Comparison
 from horovod_lm.report.table import count
-from horovod_lm.report.weights import WHOLE, weight_drift
+from horovod_lm.report.weights import WHOLE
 from horovod_lm.sketch import ERROR, SIZE
 
 # Widths and opacities of the lines of layers, by depth.
@@ -217,7 +217,7 @@ def chart_of_scales(comparison: Comparison) -> Chart | None:
 def chart_of_weights(comparison: Comparison, which: int) -> Chart | None:
     """The drift of one run's weights from the baseline's, by layer."""
     first = comparison.against(which)
-    drift = weight_drift(comparison.runs[which], comparison.runs[first])
+    drift = comparison.drift(which)
     if drift is None:
         return None
     kept = thin([np.array(values) for values in drift.layers.values()])

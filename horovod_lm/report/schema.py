@@ -48,6 +48,15 @@ class CurveFigures(_Figures):
     same: bool | None = Field(description="within the margin; null: the two have no margin")
 
 
+class DriftFigures(_Figures):
+    """How far the weights have drifted apart: the norm of their difference / that of how far the
+    weights of `against` have moved since their start, estimated from sketches."""
+
+    against: str = Field(description="as of the curves")
+    steps: list[int]
+    layers: dict[str, list[float]] = Field(description="of each layer, and of all, by step")
+
+
 class EquivalenceFigures(_Figures):
     """Two one-sided t-tests of the final loss minus the baseline's, over the seeds; nats."""
 
@@ -87,6 +96,7 @@ class VariantFigures(_Figures):
     validation_loss: float | None
     final_losses: list[float | None] = Field(description="of every seed, in order")
     curves: CurveFigures | None
+    weight_drift: DriftFigures | None = Field(description="null without sketches that fit")
     equivalence: EquivalenceFigures | None = Field(description="null for fewer than two seeds")
     tokens_per_second: Estimate | None
     ratio: Estimate | None = Field(description="tokens per second / the baseline's, round by round")
@@ -219,6 +229,7 @@ def _variant(comparison: Comparison, which: int) -> VariantFigures:
         validation_loss=run.record.get("validation_loss"),
         final_losses=[runs[which].final_loss for runs in comparison.seeds],
         curves=None if first else _curves(comparison, which),
+        weight_drift=_drift(comparison, which),
         equivalence=None if first else _equivalence(comparison.equivalence(which)),
         tokens_per_second=_estimate(comparison.speed(which)),
         ratio=None if first else _estimate(comparison.ratio(which)),
@@ -253,6 +264,14 @@ def _curves(comparison: Comparison, which: int) -> CurveFigures | None:
         early=found.early,
         same=comparison.same_curve(which),
     )
+
+
+def _drift(comparison: Comparison, which: int) -> DriftFigures | None:
+    found = comparison.drift(which)
+    if found is None:
+        return None
+    against = comparison.labels[comparison.against(which)]
+    return DriftFigures(against=against, steps=found.steps, layers=found.layers)
 
 
 def _equivalence(found: Equivalence | None) -> EquivalenceFigures | None:

@@ -151,6 +151,20 @@ def test_skipped_steps_and_the_scale_are_those_of_the_run(many, page_of_many):
     assert series[f"{many.names[0]}, skipped"] == skipped and sum(skipped) == 2
 
 
+def test_the_drift_of_the_weights_is_the_same_for_programs(many, page_of_many):
+    charts = data_of(page_of_many)["charts"]
+    for which, variant in enumerate(many.as_json()["variants"]):
+        if which == 0:
+            assert variant["weight_drift"] is None
+            continue
+        chart, figures = charts[f"weights{which}"], variant["weight_drift"]
+        assert figures["against"] == many.labels[0]
+        assert figures["steps"] == chart["values"]
+        assert figures["layers"].keys() == chart["series"].keys()
+        for name, values in figures["layers"].items():
+            assert values == pytest.approx(chart["series"][name], rel=1e-5), name
+
+
 def test_ten_thousand_steps_stay_small(tmp_path):
     page = render_page(make_comparison(tmp_path, steps=10_000))
     parse(page)
