@@ -37,13 +37,14 @@ def products_of(spec: ModelSpec, rows: int) -> list[Product]:
     """The products with weights of one step on `rows` sequences of full length; query, key and
     value are one product."""
     tokens, width, inner = rows * spec.context, spec.width, spec.inner_width
-    chunk = min(HEAD_ROWS, tokens)
+    whole, rest = divmod(tokens, HEAD_ROWS)
+    chunks = [(HEAD_ROWS, whole)] * (whole > 0) + [(rest, 1)] * (rest > 0)
     return [
         Product(tokens, width, 3 * width, spec.layers),
         Product(tokens, width, width, spec.layers),
         Product(tokens, width, inner, spec.layers),
         Product(tokens, inner, width, spec.layers),
-        Product(chunk, width, spec.vocabulary, tokens // chunk),
+        *(Product(chunk, width, spec.vocabulary, times) for chunk, times in chunks),
     ]
 
 
