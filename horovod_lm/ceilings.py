@@ -10,7 +10,7 @@ from collections.abc import Callable
 from horovod_lm.backend import Backend
 from horovod_lm.bench.tools import BenchTools, products_of
 from horovod_lm.config import Config
-from horovod_lm.data.batches import share
+from horovod_lm.data.batches import cut
 from horovod_lm.optimizers import moment_size
 from horovod_lm.spec import ModelSpec
 
@@ -27,9 +27,7 @@ def ideal_times(config: Config, backend: Backend, ranks: int) -> dict[str, float
     which this means nothing are left out.
     """
     spec, train = config.model, config.train
-    largest = len(share(train.global_batch_size, 0, ranks))
-    rows = min(train.micro_batch_size or largest, largest)
-    micros = -(-largest // rows)
+    micros, rows = cut(train.global_batch_size, train.micro_batch_size, ranks)
     tokens = rows * spec.context
     tools = backend.bench()
     products = products_of(spec, rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.config import Config
+from horovod_lm.data.batches import cut
 from horovod_lm.errors import UserError
 from horovod_lm.spec import Initialiser, ModelSpec, Parameter
 
@@ -100,9 +101,7 @@ def describe(config: Config) -> dict[str, Any]:
 def micro_batch_rows(config: Config, ranks: int) -> int:
     """Sequences of one forward: the largest rank's part in equal micro-batches, none larger than
     `train.micro_batch_size`."""
-    largest = -(-config.train.global_batch_size // ranks)
-    micros = -(-largest // min(config.train.micro_batch_size or largest, largest))
-    return -(-largest // micros)
+    return cut(config.train.global_batch_size, config.train.micro_batch_size, ranks)[1]
 
 
 def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:

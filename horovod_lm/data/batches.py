@@ -35,12 +35,19 @@ def share(count: int, rank: int, ranks: int) -> range:
     return range(start, start + size + (rank < more))
 
 
+def cut(global_batch_size: int, micro_batch_size: int | None, ranks: int) -> tuple[int, int]:
+    """How many micro-batches each rank makes of its part, and their rows: as few as split the
+    largest rank's part into equal micro-batches of at most `micro_batch_size`."""
+    largest = len(share(global_batch_size, 0, ranks))
+    micros = -(-largest // min(micro_batch_size or largest, largest))
+    return micros, -(-largest // micros)
+
+
 class Batches:
     """The training batches of one rank.
 
     The global batches depend on seed and step alone, not on `ranks` or `micro_batch_size`. Every
-    micro-batch of every rank has the same number of rows, the smallest that splits the largest
-    rank's part into equal micro-batches of at most `micro_batch_size`; rows without content have
+    micro-batch of every rank has the same number of rows, that of `cut`; rows without content have
     weight 0 and indices past the global batch.
     """
 
@@ -58,10 +65,7 @@ class Batches:
     ) -> None:
         self._tokens, self._objective, self._context = tokens, objective, context
         self._sampler = Sampler(objective.windows(tokens, context), global_batch_size, seed)
-        largest = len(share(global_batch_size, 0, ranks))
-        micros = -(-largest // min(micro_batch_size or largest, largest))
-        rows = -(-largest // micros)
-
+        micros, rows = cut(global_batch_size, micro_batch_size, ranks)
         mine = share(global_batch_size, rank, ranks)
         slots = np.arange(micros * rows)
         filler = global_batch_size + rank * slots.size + slots

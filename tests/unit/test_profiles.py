@@ -351,7 +351,9 @@ def test_bytes_by_hand():
     assert optimizer_bytes(spec, "sgd") == 4 * spec.size * (1 + 1 + 2 + 2 * 1)
 
 
-def test_ideal_times_follow_the_rates(monkeypatch):
+@pytest.mark.parametrize(("batch", "micro", "sequences"), [(8, 2, 4), (9, 4, 6)])
+def test_ideal_times_follow_the_rates(monkeypatch, batch, micro, sequences):
+    """`sequences` go through a rank of two: of 5, with at most 4 at once, 2 times 3."""
     monkeypatch.setattr("horovod_lm.ceilings._seconds", lambda work: work())
 
     class Tools:
@@ -368,10 +370,10 @@ def test_ideal_times_follow_the_rates(monkeypatch):
         def bench(self):
             return Tools()
 
-    values = {"train": {"global_batch_size": 8, "micro_batch_size": 2}}
+    values = {"train": {"global_batch_size": batch, "micro_batch_size": micro}}
     config = make_config(values, "here")
     times = ideal_times(config, Backend(), ranks=2)
-    tokens, spec = 4 * config.model.context, config.model
+    tokens, spec = sequences * config.model.context, config.model
     attention = spec.attention_flops_per_token()
     products = spec.flops_per_token() - attention
     assert times["matrix products"] == pytest.approx(1e3 * tokens * products / 1e9, rel=1e-6)
