@@ -36,7 +36,15 @@ from horovod_lm.launch import (
 )
 from horovod_lm.profiles import TRACE, merge_traces
 from horovod_lm.report.results import SEED_MARGIN, Comparison
-from horovod_lm.report.runs import WARM_UP, Follower, Run, Slice, read_run
+from horovod_lm.report.runs import (
+    REPORT,
+    WARM_UP,
+    Follower,
+    Run,
+    Slice,
+    read_run,
+    seed_folder,
+)
 from horovod_lm.report.schema import Unfinished
 from horovod_lm.report.terminal import Display, make_console, print_results
 from horovod_lm.run_folder import STATE
@@ -44,7 +52,6 @@ from horovod_lm.statistics import LEAST_ROUNDS
 from horovod_lm.variants import Variant, display_name, display_names
 
 BACKENDS = ("torch", "tensorflow")  # our own
-REPORT = "report.json"
 # A sleeping job must not sleep so long that anything in it takes the others for dead.
 SLICE_SECONDS = 12.0
 MOST_ROUNDS, STEPS_OF_A_ROUND, LEAST_STEPS_OF_A_ROUND = 20, 20, 8
@@ -141,12 +148,6 @@ def _run(
         starts=starts,
         before=before,
     )
-
-
-def seed_folder(output: Path, number: int) -> Path:
-    """Where the runs of a seed lie: those of the config's own seed in the folder itself, those of
-    the second seed in `seed-2`, and so on."""
-    return output / f"seed-{number + 1}" if number else output
 
 
 def _seeded(variant: Variant, number: int) -> Variant:

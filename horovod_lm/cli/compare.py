@@ -100,8 +100,6 @@ def command(
     verdict and a report.html in the run's folder. Exit code 3 if loss curves that are meant to be
     the same differ, or final losses over several seeds are not equivalent.
     """
-    import time
-
     from horovod_lm.variants import make_variants
 
     def cell(values: Sequence[str]) -> Config:
@@ -109,8 +107,8 @@ def command(
 
     variants = make_variants(vary, cell, several_seeds=seeds > 1)
     from horovod_lm.compare import Options, compare
+    from horovod_lm.run_folder import default_folder
 
     settings = variants[0].config
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = folder_of(settings) or Path("runs") / f"{settings.name}-{stamp}"
+    folder = folder_of(settings) or default_folder(settings)
     return compare(variants, folder, Options(rounds, seeds, margin, profile, as_json))

@@ -16,11 +16,13 @@ from horovod_lm.errors import UserError
 from horovod_lm.report.curves import Curves
 from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import (
+    REPORT,
     WARM_UP,
     Row,
     Run,
     Slice,
     read_run,
+    seed_folder,
     tokens_per_second,
     whole_steps,
 )
@@ -29,7 +31,6 @@ from horovod_lm.report.table import Line, count, digits
 from horovod_lm.run_folder import STATE
 from horovod_lm.statistics import Interval
 
-REPORT = "report.json"
 _STRETCHES = 30  # of a run, each with a speed of its own
 
 
@@ -69,8 +70,8 @@ def _comparison(path: Path, report: dict[str, Any]) -> Comparison:
     """A finished comparison from its folder."""
     labels = [variant["label"] for variant in report["variants"]]
     first, *others = (
-        [read_run(folder / label) for label in labels]
-        for folder in [path, *(path / f"seed-{n + 1}" for n in range(1, report["seeds"]))]
+        [read_run(seed_folder(path, number) / label) for label in labels]
+        for number in range(report["seeds"])
     )
     starts = [variant["seconds_to_first_step"] for variant in report["variants"]]
     known = None not in starts

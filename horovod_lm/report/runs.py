@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.config import Config, load_config
+from horovod_lm.profiles import SUMMARY
+from horovod_lm.run_folder import STATE
 
+REPORT = "report.json"  # in a comparison's folder
 WARM_UP = 10  # steps at the beginning that no speed counts
 PARTS = ("data", "forward_backward", "reduce", "update", "other")
 Row = dict[str, Any]
@@ -80,13 +83,19 @@ class Run:
         return self.record.get("loss") if validation is None else validation
 
 
+def seed_folder(output: Path, number: int) -> Path:
+    """Where a comparison's runs of a seed lie: those of the config's own seed in its folder itself,
+    those of the second seed in `seed-2`, and so on."""
+    return output / f"seed-{number + 1}" if number else output
+
+
 def read_run(folder: Path) -> Run:
     """Read a run's folder."""
-    text = (folder / "run.json").read_text(encoding="utf-8")
+    text = (folder / STATE).read_text(encoding="utf-8")
     record = json.loads(text, parse_constant=lambda _: None)  # a loss that is inf or nan
     follower = Follower(folder / "metrics.jsonl")
     follower.poll()
-    profile = folder / "profile.json"
+    profile = folder / SUMMARY
     return Run(
         folder,
         record,
