@@ -232,7 +232,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _profiled_in_the_run(self) -> Config:
         steps = self.output.profiled
-        if not steps and self.output.profile is None:
+        if self.output.profile is None:
             return self
         first, last, most = steps.start, steps.stop - 1, self.train.steps
         if not (2 <= first <= last <= most) or len(steps) > MOST_PROFILED:
