@@ -65,7 +65,7 @@ def command(
     names = [name.strip() for name in backends.split(",")]
     check(names)
     if output is not None:
-        _write(output, "")
+        _write(output, "", "a")  # what is there stays if this run fails
     result = parity(settings, names, precision, rows, log=lambda text: click.echo(text, err=True))
     text = json.dumps(result.as_json(), indent=1, allow_nan=False)
     if output is not None:
@@ -77,11 +77,12 @@ def command(
     return 0 if result.same else 3
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: str = "w") -> None:
     from horovod_lm.errors import UserError
 
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise UserError(f"--output {path} can't be written: {error.strerror}") from None
 

@@ -149,6 +149,15 @@ def test_a_mistake_has_one_message_and_exit_code_2(run, arguments, said):
     assert result.stdout == ""
 
 
+def test_a_run_that_fails_leaves_the_report_of_another(run, folder):
+    (folder / "old.json").write_text("{}")
+    result = run(
+        "my.toml", "--backends", "plain,other", "--precision", "bf16", "--output", "old.json"
+    )
+    assert result.returncode == 2
+    assert (folder / "old.json").read_text() == "{}"
+
+
 def test_several_ranks_are_refused(run):
     result = run("my.toml", "--backends", "plain,other", HOROVOD_RANK="0", HOROVOD_SIZE="2")
     assert result.returncode == 2
