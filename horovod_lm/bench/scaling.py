@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +41,37 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Lane:
-    """A contestant on some ranks: the label of its turns, and what a row says of it."""
+class Job:
+    """A backend or a peer (`kind`) on `ranks` ranks."""
 
-    name: str
+    kind: str | PeerKind
     launcher: str
     ranks: int
+
+    @property
+    def name(self) -> str:
+        """What tables call the backend or peer."""
+        return self.kind.label if isinstance(self.kind, PeerKind) else BACKENDS[self.kind]
+
+    def label(self, mode: str) -> str:
+        """Of its turns in that mode of scaling."""
+        return f"{self.name}, {self.launcher}, {self.ranks}, {mode}"
+
+    def batches(self, batch: int, modes: Sequence[str]) -> dict[str, int]:
+        """The global batch size in each mode, where `batch` is that of one rank."""
+        if self.ranks == 1:
+            return {"weak": batch}  # as strong
+        return {mode: batch * self.ranks if mode == "weak" else batch for mode in modes}
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A contestant: a job in one mode of scaling, its global batch size, and its turns."""
+
+    job: Job
     mode: str
     batch: int
     turns: Turns
-
-    @property
-    def label(self) -> str:
-        """Of its turns."""
-        return self.turns.label
 
 
 def scaling(
@@ -74,8 +91,8 @@ def scaling(
 
     Raises `UserError` for a batch that the ranks can't share.
     """
-    kinds = {kind.name: kind for kind in DISTRIBUTED if kind.name in peers}
-    check_peers(config, list(kinds.values()))
+    kinds = [kind for kind in DISTRIBUTED if kind.name in peers]
+    check_peers(config, kinds)
     config = with_keys(config, train={"micro_batch_size": None})
     batch, threads = config.train.global_batch_size, config.launch.threads or 1
     if "strong" in modes and batch < max(ranks):
@@ -84,32 +101,10 @@ def scaling(
             f"raise it, or give --modes weak"
         )
     several = sorted(set(ranks) - {1})
-    jobs = [(backend, "mpirun", 1) for backend in backends]
-    jobs += [(backend, name, n) for n in several for name in launchers for backend in backends]
-    jobs += [(name, "torchrun", n) for n in [1, *several] for name in kinds]
-    names = BACKENDS | {name: kind.label for name, kind in kinds.items()}
-    count = sum(1 if n == 1 else len(modes) for _, _, n in jobs)
-    turns = rounds * count
-    lanes: list[Lane] = []
-    with Display(turns, "tokens") as display, Stage() as stage:
-        display.say(
-            f"{turns} turns of {seconds:g} s ({turns * seconds / 60:.1f} min), and the time in "
-            f"which {len(jobs)} jobs start"
-        )
-        for kind, launcher, n in jobs:
-            sizes = {mode: batch * n if mode == "weak" else batch for mode in modes}
-            sizes = {"weak": batch} if n == 1 else sizes
-            name = names[kind]
-            process = _start(
-                stage, f"{name} on {n}", config, kinds.get(kind, kind), launcher, n, threads, sizes
-            )
-            for mode, size in sizes.items():
-                label = f"{name}, {launcher}, {n}, {mode}"
-                lane = Lane(name, launcher, n, mode, size, process.contestant(label, mode))
-                lanes.append(lane)
-            display.say(f"{name}, {launcher}, {n}: first step {lane.turns.first_seconds:.1f} s")
-        display.say(f"measuring {count} contestants")
-        measured = interleave([lane.turns for lane in lanes], rounds, seconds, display.turn)
+    jobs = [Job(backend, "mpirun", 1) for backend in backends]
+    jobs += [Job(backend, name, n) for n in several for name in launchers for backend in backends]
+    jobs += [Job(kind, "torchrun", n) for n in [1, *several] for kind in kinds]
+    lanes, measured = _race(config, jobs, modes, rounds, seconds)
     result = BenchResult(
         "scaling",
         f"Training on ranks of {threads} thread{'' if threads == 1 else 's'}, "
@@ -125,7 +120,7 @@ def scaling(
             "batch": batch,
         },
     )
-    _report(result, lanes, measured, [kind.label for kind in kinds.values()])
+    _report(result, lanes, measured, kinds)
     result.notes = [
         "Weak: every rank has the batch of one rank; strong: the ranks share it. "
         "Efficiency is the rate over ranks x the rate of one rank.",
@@ -139,24 +134,38 @@ def scaling(
     return result
 
 
-def _start(
-    stage: Stage,
-    name: str,
-    config: Config,
-    kind: PeerKind | str,
-    launcher: str,
-    ranks: int,
-    threads: int,
-    sizes: dict[str, int],
-) -> Process:
-    """The job of a peer, or of the backend `kind`."""
-    if isinstance(kind, PeerKind):
-        config = with_keys(config, launch={"backend": kind.backend})
-        given = arguments(config, threads, peer=kind.name, sizes=sizes)
+def _race(
+    config: Config, jobs: Sequence[Job], modes: Sequence[str], rounds: int, seconds: float
+) -> tuple[list[Lane], Rounds]:
+    """Start the jobs, and let them take their turns."""
+    batches = [job.batches(config.train.global_batch_size, modes) for job in jobs]
+    turns = rounds * sum(map(len, batches))
+    lanes: list[Lane] = []
+    with Display(turns, "tokens") as display, Stage() as stage:
+        display.say(
+            f"{turns} turns of {seconds:g} s ({turns * seconds / 60:.1f} min), and the time in "
+            f"which {len(jobs)} jobs start"
+        )
+        for job, sizes in zip(jobs, batches, strict=True):
+            process = _start(stage, config, job, sizes)
+            for mode, size in sizes.items():
+                lanes.append(Lane(job, mode, size, process.contestant(job.label(mode), mode)))
+            first = lanes[-1].turns.first_seconds
+            display.say(f"{job.name}, {job.launcher}, {job.ranks}: first step {first:.1f} s")
+        display.say(f"measuring {len(lanes)} contestants")
+        return lanes, interleave([lane.turns for lane in lanes], rounds, seconds, display.turn)
+
+
+def _start(stage: Stage, config: Config, job: Job, sizes: Mapping[str, int]) -> Process:
+    """The job, whose parts are batches of these sizes."""
+    name, ranks, threads = f"{job.name} on {job.ranks}", job.ranks, config.launch.threads or 1
+    if isinstance(job.kind, PeerKind):
+        config = with_keys(config, launch={"backend": job.kind.backend})
+        given = arguments(config, threads, peer=job.kind.name, sizes=sizes)
         work = WORKS + "PeerTraining"
         return stage.start(name, work, given, threads=threads, ranks=ranks, torchrun=True)
-    program, controller = LAUNCHERS[launcher]
-    launch = {"backend": kind, "launcher": program, "controller": controller}
+    program, controller = LAUNCHERS[job.launcher]
+    launch = {"backend": job.kind, "launcher": program, "controller": controller}
     config = with_keys(config, launch=launch)
     given = arguments(config, threads, sizes=sizes)
     work = WORKS + "OwnTraining"
@@ -164,38 +173,37 @@ def _start(
 
 
 def _report(
-    result: BenchResult, lanes: Sequence[Lane], measured: Rounds, peers: Sequence[str]
+    result: BenchResult, lanes: Sequence[Lane], measured: Rounds, peers: Sequence[PeerKind]
 ) -> None:
     """Add rows and ratios."""
-    single = {lane.name: lane.label for lane in lanes if lane.ranks == 1}
+    single = {lane.job.name: lane.turns.label for lane in lanes if lane.job.ranks == 1}
     for lane in lanes:
-        value, interval = measured.ratio(lane.label, single[lane.name], 1 / lane.ranks)
+        job, label = lane.job, lane.turns.label
+        value, interval = measured.ratio(label, single[job.name], 1 / job.ranks)
         row: dict[str, Any] = {
-            "contestant": lane.name,
-            "launcher": lane.launcher,
-            "ranks": lane.ranks,
-            "mode": "one" if lane.ranks == 1 else lane.mode,
-            "batch": f"{lane.batch} ({lane.mode})" if lane.ranks > 1 else f"{lane.batch}",
-            "tokens_per_second": measured.rate(lane.label),
-            "interval": measured.interval(lane.label),
+            "contestant": job.name,
+            "launcher": job.launcher,
+            "ranks": job.ranks,
+            "mode": "one" if job.ranks == 1 else lane.mode,
+            "batch": f"{lane.batch} ({lane.mode})" if job.ranks > 1 else f"{lane.batch}",
+            "tokens_per_second": measured.rate(label),
+            "interval": measured.interval(label),
             "efficiency": value,
             "first_seconds": lane.turns.first_seconds,
             "memory_mib": lane.turns.memory_mib,
-            "rounds": measured.rates(lane.label),
+            "rounds": measured.rates(label),
         }
         result.rows.append(row)
-        if lane.ranks == 1:
+        if job.ranks == 1:
             continue
-        where = {"launcher": lane.launcher, "ranks": lane.ranks, "scaling": lane.mode}
-        judged = lane.launcher == "mpirun" and lane.mode == "weak" and lane.ranks == 2
+        where = {"launcher": job.launcher, "ranks": job.ranks, "scaling": lane.mode}
+        judged = job.launcher == "mpirun" and lane.mode == "weak" and job.ranks == 2
         aim = EFFICIENCY_AIM if judged else None
-        name = f"{lane.name} / {lane.ranks} x one rank"
+        name = f"{job.name} / {job.ranks} x one rank"
         result.ratios.append(Ratio(name, value, interval, aim, where=where))
-        for peer in peers:
-            other = f"{peer}, torchrun, {lane.ranks}, {lane.mode}"
-            if lane.name not in peers:
-                value, interval = measured.ratio(lane.label, other)
-                aim = PEER_AIM if judged else None
-                result.ratios.append(
-                    Ratio(f"{lane.name} / {peer}", value, interval, aim, where=where)
-                )
+        for peer in [] if job.kind in peers else peers:
+            other = Job(peer, "torchrun", job.ranks)
+            value, interval = measured.ratio(label, other.label(lane.mode))
+            aim = PEER_AIM if judged else None
+            name = f"{job.name} / {peer.label}"
+            result.ratios.append(Ratio(name, value, interval, aim, where=where))
