@@ -12,7 +12,7 @@ from horovod_lm.backend import load_backend
 from horovod_lm.bench.display import Display
 from horovod_lm.bench.processes import Stage
 from horovod_lm.bench.result import BenchResult, Column, Ratio
-from horovod_lm.bench.rounds import interleave
+from horovod_lm.bench.rounds import Rounds, interleave
 from horovod_lm.config import Config, with_keys
 from horovod_lm.errors import UserError
 
@@ -98,33 +98,7 @@ def measure(
     ranks, threads = config.launch.ranks, config.launch.threads or 1
     reducers = [(backend, transport) for backend in backends for transport in transports]
     labels = [*_RAW, *(_name(*reducer) for reducer in reducers)]
-    with Stage() as stage, Display(len(sizes) * len(labels) * rounds, "B") as display:
-        raw = stage.start(
-            "raw MPI",
-            f"{__name__}:RawMPI",
-            {"sizes": sizes},
-            config=_over(config, "mpi"),
-            ranks=ranks,
-        )
-        # By label, the process and how its parts begin.
-        lanes = {label: (raw, f"{kind}:") for label, kind in _RAW.items()}
-        for backend, transport in reducers:
-            name = _name(backend, transport)
-            process = stage.start(
-                name,
-                f"{__name__}:Horovod",
-                {"backend": backend, "threads": threads, "sizes": sizes},
-                config=_over(config, transport),
-                threads=threads,
-                ranks=ranks,
-            )
-            lanes[name] = process, ""
-        contestants = [
-            process.contestant(f"{label}, {size_text(size)}", f"{begin}{size}")
-            for size in sizes
-            for label, (process, begin) in lanes.items()
-        ]
-        measured = interleave(contestants, rounds, seconds, display.turn)
+    measured = _race(config, sizes, reducers, rounds, seconds)
     result = BenchResult(
         "allreduce",
         f"Allreduce of fp32 on {ranks} ranks, ms (in place, out of place: raw MPI)",
@@ -152,6 +126,45 @@ def measure(
         "copy: NumPy's copy of as many bytes, on every rank at once.",
     ]
     return result
+
+
+def _race(
+    config: Config,
+    sizes: Sequence[int],
+    reducers: Sequence[tuple[str, str]],
+    rounds: int,
+    seconds: float,
+) -> Rounds:
+    """Start raw MPI and each backend over each transport, and let them take their turns."""
+    ranks, threads = config.launch.ranks, config.launch.threads or 1
+    turns = len(sizes) * (len(_RAW) + len(reducers)) * rounds
+    with Stage() as stage, Display(turns, "B") as display:
+        raw = stage.start(
+            "raw MPI",
+            f"{__name__}:RawMPI",
+            {"sizes": sizes},
+            config=_over(config, "mpi"),
+            ranks=ranks,
+        )
+        # By label, the process and how its parts begin.
+        lanes = {label: (raw, f"{kind}:") for label, kind in _RAW.items()}
+        for backend, transport in reducers:
+            name = _name(backend, transport)
+            process = stage.start(
+                name,
+                f"{__name__}:Horovod",
+                {"backend": backend, "threads": threads, "sizes": sizes},
+                config=_over(config, transport),
+                threads=threads,
+                ranks=ranks,
+            )
+            lanes[name] = process, ""
+        contestants = [
+            process.contestant(f"{label}, {size_text(size)}", f"{begin}{size}")
+            for size in sizes
+            for label, (process, begin) in lanes.items()
+        ]
+        return interleave(contestants, rounds, seconds, display.turn)
 
 
 def _name(backend: str, transport: str) -> str:
