@@ -74,7 +74,7 @@ class Lane:
     turns: Turns
 
 
-def scaling(
+def measure(
     config: Config,
     *,
     ranks: Sequence[int],

@@ -41,7 +41,7 @@ COLUMNS = (
 )
 
 
-def throughput(
+def measure(
     config: Config,
     *,
     precisions: Sequence[str],

@@ -200,7 +200,7 @@ def throughput(given: Given, precision: str, threads: str | None, peers: str) ->
     alone. Peers are huggingface, huggingface-compile, plain, plain-compile, kerashub and
     kerashub-xla.
     """
-    from horovod_lm.bench.throughput import throughput as measure
+    from horovod_lm.bench.throughput import measure
     from horovod_lm.bench.tools import PEERS
     from horovod_lm.topology import usable_cores
 
@@ -242,8 +242,7 @@ def scaling(
     torch's DistributedDataParallel, with a plain torch model (ddp) and with our own (ddp-own).
     One thread a rank, or launch.threads.
     """
-    from horovod_lm.bench.scaling import LAUNCHERS, MODES
-    from horovod_lm.bench.scaling import scaling as measure
+    from horovod_lm.bench.scaling import LAUNCHERS, MODES, measure
 
     return measure(
         given.config(),
