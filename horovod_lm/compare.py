@@ -35,7 +35,7 @@ from horovod_lm.launch import (
     new_marker,
 )
 from horovod_lm.profiles import TRACE, merge_traces
-from horovod_lm.report.results import SEED_MARGIN, Comparison
+from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import (
     REPORT,
     WARM_UP,
@@ -65,11 +65,11 @@ class Options:
     seeds, whose final losses may lie `margin` nats apart; `profile`: of the last few steps;
     `as_json`: the figures go to stdout, and all else to stderr."""
 
-    rounds: int | None = None
-    seeds: int = 1
-    margin: float = SEED_MARGIN
-    profile: bool = True
-    as_json: bool = False
+    rounds: int | None
+    seeds: int
+    margin: float
+    profile: bool
+    as_json: bool
 
 
 def compare(variants: Sequence[Variant], output: Path, options: Options) -> int:

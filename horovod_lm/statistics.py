@@ -70,12 +70,14 @@ def bootstrap(
     return Interval(float(low), float(high), level)
 
 
-def ratio(
-    first: Sequence[float], second: Sequence[float], level: float = LEVEL
-) -> tuple[float, Interval]:
+def median(values: Sequence[float]) -> tuple[float, Interval]:
+    """The median, and its bootstrap interval. Raises `ValueError` without values."""
+    return statistics.median(values), bootstrap(values)
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, Interval]:
     """The median of the paired ratios first / second, and its bootstrap interval."""
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    return statistics.median(ratios), bootstrap(ratios, level=level)
+    return median([a / b for a, b in zip(first, second, strict=True)])
 
 
 def equivalence(differences: Sequence[float], margin: float, level: float = LEVEL) -> Equivalence:

@@ -16,6 +16,7 @@ from horovod_lm.cli.common import (
     output_option,
     set_option,
 )
+from horovod_lm.report.curves import SEED_MARGIN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,7 @@ def _complete_vary(_: click.Context, __: click.Parameter, incomplete: str) -> li
 @click.option(
     "--margin",
     type=click.FloatRange(0, min_open=True),
-    default=0.01,
+    default=SEED_MARGIN,
     show_default=True,
     metavar="NATS",
     help="How far apart final losses may be and still be the same, with --seeds.",

@@ -1,4 +1,4 @@
-"""How far apart two loss curves may be, and are."""
+"""How far apart losses may be, and two curves are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 MARGIN = 1e-4  # nats; what rounding may do to two fp32 loss curves
 # Training amplifies rounding differences step by step, so the margin is for the first steps only.
 MARGIN_STEPS = 200
+# Nats of the final loss over several seeds: a hundredth of the perplexity.
+SEED_MARGIN = 0.01
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics as stdlib
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -195,4 +194,4 @@ def _speed(rows: Sequence[Row]) -> tuple[float, Interval] | None:
     found = [
         rate for begin, end in pairwise(edges) if (rate := tokens_per_second(list(rows[begin:end])))
     ]
-    return (stdlib.median(found), statistics.bootstrap(found)) if found else None
+    return statistics.median(found) if found else None

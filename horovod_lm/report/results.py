@@ -12,7 +12,7 @@ from typing import Any
 
 from horovod_lm import statistics
 from horovod_lm.config import Config
-from horovod_lm.report.curves import MARGIN, Curves
+from horovod_lm.report.curves import MARGIN, SEED_MARGIN, Curves
 from horovod_lm.report.runs import (
     Row,
     Run,
@@ -27,9 +27,6 @@ from horovod_lm.report.verdict import make_verdict
 from horovod_lm.report.weights import Drift, weight_drift
 from horovod_lm.statistics import LEAST_ROUNDS, Equivalence, Interval
 from horovod_lm.variants import differing_keys, display_names
-
-# Nats of validation loss over several seeds: a hundredth of the perplexity.
-SEED_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -188,8 +185,7 @@ class Comparison:
 
     @cached_property
     def _speeds(self) -> list[tuple[float, Interval]]:
-        ones = [1.0] * len(self.rounds)
-        return [statistics.ratio(speeds, ones) for speeds in self._by_run]
+        return [statistics.median(speeds) for speeds in self._by_run]
 
     @property
     def _by_run(self) -> list[list[float]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.config import Config, make_config, to_toml
-from horovod_lm.report.results import SEED_MARGIN, Comparison
+from horovod_lm.report.curves import SEED_MARGIN
+from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import Slice, read_run
 
 BEGIN = 1_764_000_000.0

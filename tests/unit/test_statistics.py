@@ -10,6 +10,7 @@ from horovod_lm.statistics import (
     Interval,
     bootstrap,
     equivalence,
+    median,
     ratio,
     student_quantile,
 )
@@ -76,6 +77,11 @@ def test_other_statistics_and_levels():
     half = 1.645 * statistics.stdev(values) / 200**0.5
     assert interval.low == pytest.approx(statistics.fmean(values) - half, abs=0.02)
     assert interval.high == pytest.approx(statistics.fmean(values) + half, abs=0.02)
+
+
+def test_a_median_comes_with_its_interval():
+    values = [3.0, 1.0, 2.0, 9.0, 2.5, 1.5, 2.2]
+    assert median(values) == (2.2, bootstrap(values))
 
 
 def test_a_ratio_is_the_median_of_the_paired_ratios():
