@@ -63,13 +63,15 @@ _POLL_SECONDS = 0.02
 class Options:
     """How a comparison is made: `rounds` (None: by the length of the run) for each of `seeds`
     seeds, whose final losses may lie `margin` nats apart; `profile`: of the last few steps;
-    `as_json`: the figures go to stdout, and all else to stderr."""
+    `as_json`: the figures go to stdout, and all else to stderr; `began`: when the command did, as
+    `time.time()` tells it."""
 
     rounds: int | None
     seeds: int
     margin: float
     profile: bool
     as_json: bool
+    began: float
 
 
 def compare(variants: Sequence[Variant], output: Path, options: Options) -> int:
@@ -124,7 +126,7 @@ def _run(
     seeds: list[list[Run]] = []
     slices: list[Slice] = []
     starts: list[float] = []
-    before = time.time() - psutil.Process().create_time()
+    before = time.time() - options.began
     for number in range(options.seeds):
         folder = seed_folder(output, number)
         jobs = [_seeded(variant, number) for variant in variants]

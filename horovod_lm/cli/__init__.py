@@ -19,6 +19,9 @@ from horovod_lm import __version__
 from horovod_lm.errors import HorovodLmError
 from horovod_lm.topology import place
 
+# The process may be older: a shell script that waited, and then became this command by exec.
+BEGAN = time.time()
+
 COMMANDS = (
     "doctor", "prepare", "train", "compare", "report", "parity", "bench", "evaluate", "generate",
     "inspect", "completion",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from horovod_lm.cli import BEGAN
 from horovod_lm.cli.common import (
     config_argument,
     folder_of,
@@ -112,4 +113,4 @@ def command(
 
     settings = variants[0].config
     folder = folder_of(settings) or default_folder(settings)
-    return compare(variants, folder, Options(rounds, seeds, margin, profile, as_json))
+    return compare(variants, folder, Options(rounds, seeds, margin, profile, as_json, BEGAN))
