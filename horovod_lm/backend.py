@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from horovod_lm.errors import UserError
-from horovod_lm.installed import require_horovod
+from horovod_lm.installed import DISTRIBUTIONS, require_horovod
 from horovod_lm.optimizers import OptimizerName
 from horovod_lm.spec import ModelSpec
 
@@ -228,18 +229,37 @@ def backend_names() -> Sequence[str]:
     return sorted(entry.name for entry in entry_points(group=GROUP))
 
 
+def require_backend(name: str) -> None:
+    """Raise `UserError` unless there is a backend `name`, its framework is installed and so is a
+    Horovod that fits. No framework is imported."""
+    if name not in backend_names():
+        raise UserError(
+            f'"{name}" is not a backend; installed are: {", ".join(backend_names())} '
+            f"(entry points of group {GROUP})"
+        )
+    if name in DISTRIBUTIONS and find_spec(name) is None:
+        raise UserError(
+            f"backend {name} needs {name}, which is missing; pip install 'horovod_lm[{name}]'"
+        )
+    require_horovod(name)
+
+
 def load_backend(name: str, threads: int = 1) -> Backend:
     """The backend `name`, imported now and not before. Raises `UserError` if there is none of that
     name, or its framework or our Horovod is missing."""
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
-    if not found:
-        allowed = ", ".join(backend_names())
-        raise UserError(f'launch.backend = "{name}" is not a backend; installed are: {allowed}')
+    require_backend(name)
+    (found,) = (entry for entry in entry_points(group=GROUP) if entry.name == name)
     try:
-        return found[0].load()(threads)
+        return found.load()(threads)
     except ImportError as error:
-        require_horovod(name)
         raise UserError(
             f"backend {name} can't be imported: {error}; install {error.name or 'what it needs'}, "
             f"and see horovod-lm doctor"
         ) from error
+
+
+def load_backends(names: Sequence[str], threads: int = 1) -> dict[str, Backend]:
+    """Several backends in one process, in the order in which that works: torch before TensorFlow,
+    and a user's own, which may be made of either, between them. Raises as `load_backend`."""
+    order = sorted(names, key=lambda name: {"torch": 0, "tensorflow": 2}.get(name, 1))
+    return {name: load_backend(name, threads) for name in order}

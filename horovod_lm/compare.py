@@ -10,19 +10,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 from rich.console import Console
 
-from horovod_lm.backend import backend_names
+from horovod_lm.backend import require_backend
 from horovod_lm.config import Config, to_toml
 from horovod_lm.data.prepare import prepare
 from horovod_lm.environment import rank_environment
 from horovod_lm.errors import HorovodLmError, RunFailed, Stopped, UserError
-from horovod_lm.installed import require_horovod
 from horovod_lm.launch import (
     MARKER,
     Guard,
@@ -49,7 +47,7 @@ from horovod_lm.report.schema import Unfinished
 from horovod_lm.report.terminal import Display, make_console, print_results
 from horovod_lm.run_folder import STATE
 from horovod_lm.statistics import LEAST_ROUNDS
-from horovod_lm.variants import Variant, display_name, display_names
+from horovod_lm.variants import Variant, display_names
 
 BACKENDS = ("torch", "tensorflow")  # our own
 # A sleeping job must not sleep so long that anything in it takes the others for dead.
@@ -182,19 +180,7 @@ def check_installed(configs: Sequence[Config]) -> None:
     for launcher in dict.fromkeys(config.launch.launcher for config in configs):
         find_launcher(launcher)
     for backend in dict.fromkeys(config.launch.backend for config in configs):
-        if backend not in backend_names():
-            if backend in BACKENDS:
-                raise UserError(f"backend {backend} is not installed; pip install horovod_lm")
-            raise UserError(
-                f'launch.backend = "{backend}" is not a backend; installed are: '
-                f"{', '.join(backend_names())}"
-            )
-        if backend in BACKENDS and find_spec(backend) is None:
-            raise UserError(
-                f"this comparison needs {display_name(backend)}, and {backend} is missing; "
-                f"pip install 'horovod_lm[{backend}]'"
-            )
-        require_horovod(backend)
+        require_backend(backend)
 
 
 def check_rounds(configs: Sequence[Config], options: Options) -> None:

@@ -53,8 +53,9 @@ def _events(space) -> list[Event]:
     names = {key: metadata.name for key, metadata in host.event_metadata.items()}
     main = _main_line(host, names)
     for line in host.lines:
-        thread = MAIN if line is main else line.name.partition("/")[0] or f"thread {line.id}"
-        thread = thread if line is main else f"{thread} {len(events)}"
+        # Threads of one pool have one name; the number keeps them apart.
+        pool = line.name.partition("/")[0] or f"thread {line.id}"
+        thread = MAIN if line is main else f"{pool} {len(events)}"
         for row in line.events:
             name = names[row.metadata_id]
             begin = start + line.timestamp_ns + row.offset_ps // 1000

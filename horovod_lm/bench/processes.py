@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,21 @@ class Turns:
         """See `horovod_lm.bench.rounds.Contestant`."""
         answer = self._process.ask({"part": self._part, "seconds": seconds})
         return Sample(answer["seconds"], answer["units"] * self._factor)
+
+
+class Together:
+    """Contestants of several processes at the same time, as one whose rate is the sum of theirs."""
+
+    def __init__(self, label: str, turns: Sequence[Turns]) -> None:
+        self.label, self._turns = label, turns
+        self.first_seconds = max(one.first_seconds for one in turns)
+        self.memory_mib = max(one.memory_mib for one in turns)
+
+    def run(self, seconds: float) -> Sample:
+        """See `horovod_lm.bench.rounds.Contestant`."""
+        with ThreadPoolExecutor(len(self._turns)) as pool:
+            samples = list(pool.map(lambda one: one.run(seconds), self._turns))
+        return Sample(1.0, sum(sample.rate for sample in samples))
 
 
 def _signal(marker: str, asleep: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from horovod_lm.bench.display import Display
-from horovod_lm.bench.processes import Process, Stage, Turns
+from horovod_lm.bench.processes import Process, Stage, Together, Turns
 from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
 from horovod_lm.bench.throughput import BACKENDS, WORKS, check_peers
@@ -24,6 +24,8 @@ LAUNCHERS = {
     "gloo": ("horovodrun", "gloo"),
     "srun": ("srun", "mpi"),
 }
+# A launcher that starts none: runs of one rank each, at the same time, which do not communicate.
+APART = "apart"
 # Weak: every rank has the config's batch; strong: the ranks share it.
 MODES = ("weak", "strong")
 EFFICIENCY_AIM, PEER_AIM = 0.98, 1.05  # of two ranks, weak, under mpirun
@@ -59,8 +61,8 @@ class Job:
 
     def batches(self, batch: int, modes: Sequence[str]) -> dict[str, int]:
         """The global batch size in each mode, where `batch` is that of one rank."""
-        if self.ranks == 1:
-            return {"weak": batch}  # as strong
+        if self.ranks == 1 or self.launcher == APART:
+            return {"weak": batch * self.ranks}  # of one rank as strong
         return {mode: batch * self.ranks if mode == "weak" else batch for mode in modes}
 
 
@@ -71,7 +73,7 @@ class Lane:
     job: Job
     mode: str
     batch: int
-    turns: Turns
+    turns: Turns | Together
 
 
 def measure(
@@ -102,7 +104,10 @@ def measure(
         )
     several = sorted(set(ranks) - {1})
     jobs = [Job(backend, "mpirun", 1) for backend in backends]
-    jobs += [Job(backend, name, n) for n in several for name in launchers for backend in backends]
+    several_launchers = [*launchers, *([APART] if "weak" in modes else [])]
+    jobs += [
+        Job(backend, name, n) for n in several for name in several_launchers for backend in backends
+    ]
     jobs += [Job(kind, "torchrun", n) for n in [1, *several] for kind in kinds]
     lanes, measured = _race(config, jobs, modes, rounds, seconds)
     result = BenchResult(
@@ -124,6 +129,8 @@ def measure(
     result.notes = [
         "Weak: every rank has the batch of one rank; strong: the ranks share it. "
         "Efficiency is the rate over ranks x the rate of one rank.",
+        "Apart: runs of one rank each at the same time, which do not communicate; what they lose "
+        "to one alone, they lose to shared caches, memory and clock rate.",
         "DDP is torch's DistributedDataParallel over Gloo, started by torchrun.",
     ]
     if max(ranks) * threads > usable_cores():
@@ -139,21 +146,33 @@ def _race(
 ) -> tuple[list[Lane], Rounds]:
     """Start the jobs, and let them take their turns."""
     batches = [job.batches(config.train.global_batch_size, modes) for job in jobs]
-    turns = rounds * sum(map(len, batches))
+    count = rounds * sum(map(len, batches))
     lanes: list[Lane] = []
-    with Display(turns, "tokens") as display, Stage() as stage:
+    with Display(count, "tokens") as display, Stage() as stage:
         display.say(
-            f"{turns} turns of {seconds:g} s ({turns * seconds / 60:.1f} min), and the time in "
+            f"{count} turns of {seconds:g} s ({count * seconds / 60:.1f} min), and the time in "
             f"which {len(jobs)} jobs start"
         )
         for job, sizes in zip(jobs, batches, strict=True):
-            process = _start(stage, config, job, sizes)
-            for mode, size in sizes.items():
-                lanes.append(Lane(job, mode, size, process.contestant(job.label(mode), mode)))
+            for mode, turns in _contestants(stage, config, job, sizes).items():
+                lanes.append(Lane(job, mode, sizes[mode], turns))
             first = lanes[-1].turns.first_seconds
             display.say(f"{job.name}, {job.launcher}, {job.ranks}: first step {first:.1f} s")
         display.say(f"measuring {len(lanes)} contestants")
         return lanes, interleave([lane.turns for lane in lanes], rounds, seconds, display.turn)
+
+
+def _contestants(
+    stage: Stage, config: Config, job: Job, sizes: Mapping[str, int]
+) -> dict[str, Turns | Together]:
+    """The started job in each mode."""
+    if job.launcher != APART:
+        process = _start(stage, config, job, sizes)
+        return {mode: process.contestant(job.label(mode), mode) for mode in sizes}
+    alone, (mode, size) = Job(job.kind, "mpirun", 1), *sizes.items()
+    processes = [_start(stage, config, alone, {mode: size // job.ranks}) for _ in range(job.ranks)]
+    turns = [process.contestant(job.label(mode), mode) for process in processes]
+    return {mode: Together(job.label(mode), turns)}
 
 
 def _start(stage: Stage, config: Config, job: Job, sizes: Mapping[str, int]) -> Process:
@@ -170,6 +189,10 @@ def _start(stage: Stage, config: Config, job: Job, sizes: Mapping[str, int]) -> 
     given = arguments(config, threads, sizes=sizes)
     work = WORKS + "OwnTraining"
     return stage.start(name, work, given, config=config, threads=threads, ranks=ranks)
+
+
+def _words(job: Job) -> str:
+    return f"{job.ranks} runs apart" if job.launcher == APART else job.name
 
 
 def _report(
@@ -201,9 +224,11 @@ def _report(
         aim = EFFICIENCY_AIM if judged else None
         name = f"{job.name} / {job.ranks} x one rank"
         result.ratios.append(Ratio(name, value, interval, aim, where=where))
-        for peer in [] if job.kind in peers else peers:
-            other = Job(peer, "torchrun", job.ranks)
+        others = [Job(peer, "torchrun", job.ranks) for peer in peers]
+        if lane.mode == "weak":
+            others.append(Job(job.kind, APART, job.ranks))
+        for other in [] if job.kind in peers or job.launcher == APART else others:
             value, interval = measured.ratio(label, other.label(lane.mode))
-            aim = PEER_AIM if judged else None
-            name = f"{job.name} / {peer.label}"
+            aim = PEER_AIM if judged and other.launcher != APART else None
+            name = f"{job.name} / {_words(other)}"
             result.ratios.append(Ratio(name, value, interval, aim, where=where))

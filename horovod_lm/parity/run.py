@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -18,14 +17,13 @@ from horovod_lm.backend import (
     MicroBatch,
     Precision,
     Reduced,
-    backend_names,
-    load_backend,
+    load_backends,
+    require_backend,
 )
 from horovod_lm.config import Config
 from horovod_lm.data.batches import Batches
 from horovod_lm.data.prepare import Log, Prepared, prepare
 from horovod_lm.errors import UserError
-from horovod_lm.installed import DISTRIBUTIONS, require_horovod
 from horovod_lm.objectives.causal_lm import CausalLM
 from horovod_lm.parity.measure import TOLERANCES, UNIT_ROUNDOFF, Squares
 from horovod_lm.parity.places import backward_order
@@ -54,18 +52,7 @@ def check(names: Sequence[str]) -> tuple[str, str]:
             "in --backends torch,tensorflow"
         )
     for name in names:
-        if name not in backend_names():
-            raise UserError(
-                f"--backends: {name} is not a backend; installed are: {', '.join(backend_names())} "
-                "(entry points of group horovod_lm.backends)"
-            )
-    for name in names:
-        if name in DISTRIBUTIONS and find_spec(name) is None:
-            raise UserError(
-                f"parity of {' and '.join(names)} needs {name}, which is missing; "
-                f"pip install 'horovod_lm[{name}]'"
-            )
-        require_horovod(name)
+        require_backend(name)
     where = place()
     if where.size > 1:
         raise UserError(
@@ -86,13 +73,11 @@ def parity(
     precision = precision or config.train.precision
     left_out: list[str] = []
     config = without_native_dropout(config, left_out)
-    backends: dict[str, tuple[Backend, Communicator]] = {}
-    # torch comes first in a process of both; a user's own backend may be made of either. Both
-    # Horovods share one MPI, which ends with the one that started first, at exit the last to go.
-    for name in sorted(pair, key=lambda n: {"torch": 0, "tensorflow": 2}.get(n, 1)):
-        log(f"loading {name}")
-        backend = load_backend(name, threads)
-        backends[name] = backend, backend.communicator()
+    log(f"loading {' and '.join(pair)}")
+    loaded = load_backends(pair, threads)
+    # Both Horovods share one MPI, which ends with the one that started first, at exit the last to
+    # go.
+    backends = {name: (backend, backend.communicator()) for name, backend in loaded.items()}
     engines = make_engines(config, {name: backends[name] for name in pair}, precision, left_out)
     comparison = Comparison(config, pair, engines, precision, left_out)
     micros = batch(config, prepared, rows)

@@ -48,10 +48,20 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
             switch.run("ip", "link", "set", f"port{number}", "master", "bridge0", "up")
             host.run("ip", "address", "add", f"10.97.0.{number}/24", "dev", "eth0")
             host.run("ip", "link", "set", "eth0", "up")
-            # Acknowledgements wait in the same long queue: without patience TCP sends again what
-            # was never lost.
-            host.run("ip", "route", "change", "10.97.0.0/24", "dev", "eth0", "rto_min", "10s")
+            _let_the_link_set_the_pace(host)
         yield found
+
+
+def _let_the_link_set_the_pace(host: Host) -> None:
+    """Acknowledgements wait in the same long queue as data. So TCP is told to send a whole message
+    without waiting for any, at once and after a pause too, and not to take one that is late for a
+    loss."""
+    windows = ["initcwnd", "8000", "initrwnd", "8000", "rto_min", "10s"]
+    host.run("ip", "route", "change", "10.97.0.0/24", "dev", "eth0", *windows)
+    settings = {"tcp_slow_start_after_idle": "0"}
+    settings |= dict.fromkeys(("tcp_rmem", "tcp_wmem"), "4096 16777216 16777216")
+    for name, value in settings.items():
+        host.run("sh", "-c", f"echo {value} > /proc/sys/net/ipv4/{name}")
 
 
 def shape(hosts: list[Host], mbit: float) -> None:

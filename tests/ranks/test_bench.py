@@ -94,7 +94,10 @@ def test_scaling_measures_ranks_against_one_and_against_ddp(tmp_path):
         tmp_path / "out.json",
         "scaling", "--ranks", "2", "--launcher", "mpirun", "--peers", "ddp",
     )  # fmt: skip
-    rows = {(r["contestant"], r["ranks"], r["mode"]): r for r in report["rows"]}
+    rows = {
+        (r["contestant"], r["ranks"], "apart" if r["launcher"] == "apart" else r["mode"]): r
+        for r in report["rows"]
+    }
     for name in ("torch backend", "TensorFlow backend", "plain torch in DDP"):
         assert rows[name, 1, "one"]["efficiency"] == 1.0
         assert rows[name, 2, "weak"]["batch"] == "8 (weak)"
@@ -103,6 +106,9 @@ def test_scaling_measures_ranks_against_one_and_against_ddp(tmp_path):
     aims = {ratio["name"]: ratio["aim"] for ratio in weak}
     assert aims["torch backend / 2 x one rank"] == 0.98
     assert aims["TensorFlow backend / plain torch in DDP"] == 1.05
+    assert aims["torch backend / 2 runs apart"] is None
+    apart = rows["torch backend", 2, "apart"]
+    assert apart["batch"] == "8 (weak)" and 0 < apart["efficiency"] < 2
 
 
 def test_scaling_over_gloo(tmp_path):
@@ -111,7 +117,8 @@ def test_scaling_over_gloo(tmp_path):
         "scaling", "--ranks", "2", "--launcher", "gloo", "--peers", "none", "--backends", "torch",
         "--modes", "weak",
     )  # fmt: skip
-    assert [(r["launcher"], r["ranks"]) for r in report["rows"]] == [("mpirun", 1), ("gloo", 2)]
+    started = [(row["launcher"], row["ranks"]) for row in report["rows"]]
+    assert started == [("mpirun", 1), ("gloo", 2), ("apart", 2)]
 
 
 def test_ctrl_c_leaves_nothing_behind():

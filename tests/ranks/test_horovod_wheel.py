@@ -100,18 +100,21 @@ def torch_waits_asleep() -> None:
 
 
 def torch_no_pause() -> None:
-    """In a cycle of 0.5 s: what fills the fusion buffer does not wait for it, smaller ones do."""
+    """In a cycle of 0.5 s: what fills the fusion buffer does not wait for it, smaller ones do; nor
+    does a rank begin another cycle's sleep while it waits for one that is later than that."""
     import horovod.torch as hvd
     import torch
 
-    def seconds(elements: int) -> float:
+    def seconds(elements: int, late: float = 0) -> float:
         hvd.barrier()
         begin = time.perf_counter()
         for _ in range(4):
+            time.sleep(late * hvd.rank())
             hvd.allreduce(torch.ones(elements), name=f"of {elements}")
         return time.perf_counter() - begin
 
     assert seconds(1000) < 1.2 < seconds(999)
+    assert seconds(1000, late=0.6) < 4 * 0.8
 
 
 def tensorflow_allreduce() -> None:

@@ -54,7 +54,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones(installed):
     with pytest.raises(UserError) as caught:
         load_backend("pytorch")
     assert str(caught.value) == (
-        'launch.backend = "pytorch" is not a backend; installed are: other, third, torch'
+        '"pytorch" is not a backend; installed are: other, third, torch '
+        "(entry points of group horovod_lm.backends)"
     )
 
 

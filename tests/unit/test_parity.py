@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
+from horovod_lm import backend
 from horovod_lm.backend import Loss, MicroBatch, Reduced
 from horovod_lm.config import make_config
 from horovod_lm.errors import UserError
-from horovod_lm.parity import run
 from horovod_lm.parity.measure import TOLERANCES, UNIT_ROUNDOFF, Squares
 from horovod_lm.parity.places import backward_order, layer, within_layer, words
 from horovod_lm.parity.result import Place, Result
@@ -476,7 +476,7 @@ def test_no_weight_is_where_it_started():
         (["torch"], '--backends "torch" does not name two different backends'),
         (["torch", "torch"], "does not name two different backends"),
         (["torch", "tensorflow", "torch"], "does not name two different backends"),
-        (["torch", "tensorflwo"], "tensorflwo is not a backend; installed are: tensorflow, torch"),
+        (["torch", "tensorflwo"], '"tensorflwo" is not a backend; installed are: tensorflow'),
     ],
 )
 def test_backends_that_are_not_two(names, said):
@@ -485,15 +485,15 @@ def test_backends_that_are_not_two(names, said):
 
 
 def test_a_framework_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "tensorflow" else name)
-    monkeypatch.setattr(run, "require_horovod", lambda name: None)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None if name == "tensorflow" else name)
+    monkeypatch.setattr(backend, "require_horovod", lambda name: None)
     with pytest.raises(UserError, match=r"needs tensorflow, which is missing; pip install"):
         check(["torch", "tensorflow"])
 
 
 def test_several_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(run, "find_spec", lambda name: name)
-    monkeypatch.setattr(run, "require_horovod", lambda name: None)
+    monkeypatch.setattr(backend, "find_spec", lambda name: name)
+    monkeypatch.setattr(backend, "require_horovod", lambda name: None)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started on 2; start it without mpirun"):

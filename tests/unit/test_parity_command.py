@@ -131,7 +131,7 @@ def test_a_backend_without_fp64_leaves_the_other_as_referee(run):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--backends", "plain,plian"], "plian is not a backend; installed are: broken, other"),
+        (["--backends", "plain,plian"], '"plian" is not a backend; installed are: broken, other'),
         (["--backends", "plain"], "does not name two different backends"),
         (["--backends", "plain,unmade"], "backend unmade can't be imported: No module named"),
         (["--backends", "plain,other", "--precision", "bf16"], "backend plain has no bf16"),
