@@ -14,7 +14,7 @@ set -euo pipefail
 # shellcheck source=scripts/cluster/settings.sh
 source "$project/scripts/cluster/settings.sh"
 options=(-np "$ranks" --hostfile "$hostfile" --map-by slot --bind-to none)
-for name in OMPI_MCA_mpi_yield_when_idle HOROVOD_CYCLE_TIME \
+for name in OMPI_MCA_mpi_yield_when_idle \
     MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ MALLOC_ARENA_MAX GLIBC_TUNABLES; do
     options+=(-x "$name")
 done

@@ -3,7 +3,6 @@
 # sets the rest itself; these must be there before a rank starts, or before MPI does.
 # A value that is already set stays.
 export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-1} # waiting ranks give up cores
-export HOROVOD_CYCLE_TIME=${HOROVOD_CYCLE_TIME:-1}                     # ms; Horovod's own is 5
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}    # keep freed memory: fewer
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}   # page faults in each step
 export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}                         # in all threads

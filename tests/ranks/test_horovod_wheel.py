@@ -7,6 +7,7 @@ writes a line for each check that it passed; the tests read them.
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "mpi": [str(BIN / "mpirun"), "-np", "2"],
     "gloo": [str(BIN / "horovodrun"), "-np", "2", "--gloo"],
+    "gloo-again": [str(BIN / "horovodrun"), "-np", "2", "--gloo"],
     "horovodrun-mpi": [str(BIN / "horovodrun"), "-np", "2", "--mpi"],
     "slow-cycle": [
         *(str(BIN / "mpirun"), "-np", "2"),
@@ -115,6 +117,18 @@ def torch_no_pause() -> None:
 
     assert seconds(1000) < 1.2 < seconds(999)
     assert seconds(1000, late=0.6) < 4 * 0.8
+
+
+def torch_init_again() -> None:
+    """Ranks leave and meet again, each time one of them late."""
+    import horovod.torch as hvd
+    import torch
+
+    for times in range(10):
+        hvd.shutdown()
+        time.sleep(0.05 * ((times + int(os.environ["HOROVOD_RANK"])) % RANKS))
+        hvd.init()
+        assert hvd.allreduce(torch.ones(3), op=hvd.Sum).tolist() == [RANKS] * 3
 
 
 def tensorflow_allreduce() -> None:
@@ -340,12 +354,13 @@ CHECKS: dict[str, Callable[[], None]] = {
         what_is_not_refused,
     )
 }
-IN_SLOW_CYCLES = {"torch_no_pause": torch_no_pause}
+OTHERS = {"torch_no_pause": torch_no_pause, "torch_init_again": torch_init_again}
 JOBS = {
     "mpi": list(CHECKS),
     "gloo": list(CHECKS),
     "horovodrun-mpi": ["torch_allreduce"],
-    "slow-cycle": list(IN_SLOW_CYCLES),
+    "slow-cycle": ["torch_no_pause"],
+    "gloo-again": ["torch_init_again"],
 }
 
 
@@ -366,7 +381,7 @@ def main(folder: str, names: list[str]) -> None:
                 import horovod.tensorflow
 
                 horovod.tensorflow.init()
-            (CHECKS | IN_SLOW_CYCLES)[name]()
+            (CHECKS | OTHERS)[name]()
             print(json.dumps([name, controller]), file=results, flush=True)
 
 
@@ -441,6 +456,39 @@ def test_horovodrun_with_mpi(job) -> None:
 def test_what_fills_the_fusion_buffer_is_not_kept_waiting(job) -> None:
     passed, output = job("slow-cycle")
     assert passed == [{"torch_no_pause": "mpi"}] * RANKS, output
+
+
+def test_ranks_meet_again_over_gloo(job) -> None:
+    passed, output = job("gloo-again")
+    assert passed == [{"torch_init_again": "gloo"}] * RANKS, output
+
+
+def test_a_late_rank_leaves_no_address_behind() -> None:
+    """The server of horovodrun, in the order that occurs where rank 1 is slow."""
+    from horovod.runner.common.util.hosts import SlotInfo
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server = RendezvousServer()
+    port = server.start()
+    server.init([SlotInfo("here", rank, rank, 0, 2, 2, 1) for rank in range(2)])
+
+    def ask(method: str, scope: str, key: int, data: bytes | None = None) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request(method, f"/{scope}/{key}", data)
+        return connection.getresponse().read()
+
+    try:
+        for rank in range(2):
+            ask("PUT", "local_here", rank, b"address")
+        assert ask("GET", "local_here", 1) == b"address"
+        for rank in range(2):
+            ask("DELETE", "local_here", rank)
+            ask("PUT", f"cross_{rank}", 0, b"address")
+            ask("DELETE", f"cross_{rank}", 0)
+        for scope, rank in (("local_here", 0), ("local_here", 1), ("cross_0", 0), ("cross_1", 0)):
+            assert ask("GET", scope, rank) == b"", scope
+    finally:
+        server.stop()
 
 
 def test_wheel_says_what_it_is() -> None:
