@@ -33,14 +33,14 @@ def rank_environment(config: Config, threads: int | None = None) -> dict[str, st
 
     Open MPI polls busily, which takes cores from ranks that compute, unless it yields when idle.
     The gradients are one tensor: nothing is fused, and our Horovod reduces at once what can't be
-    fused. All else that is asked of it is rare, so its cycle is long: at 1 ms, ranks that compute
+    fused. All else that is asked of it is rare, so a cycle may be 5 ms: at 1 ms, ranks that compute
     lost 1% to its background threads, which met a thousand times a second. Its stalls end by
     themselves only if a time is given, and Gloo's waits must be as patient.
     """
     stall = str(config.launch.stall_seconds)
     values = {
         "OMPI_MCA_mpi_yield_when_idle": "1",
-        "HOROVOD_CYCLE_TIME": "20",
+        "HOROVOD_CYCLE_TIME": "5",
         "HOROVOD_FUSION_THRESHOLD": "0",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": stall,
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, config.launch.stall_seconds // 2)),
