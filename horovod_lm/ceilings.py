@@ -3,7 +3,6 @@ the bytes that must move at the rate of a plain copy."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -21,18 +20,20 @@ _LEAST_ELEMENTS = 2**18  # of a copy
 def ideal_times(config: Config, backend: Backend, ranks: int) -> dict[str, float]:
     """By kind of `horovod_lm.profiles`, the ms that a step of one rank takes at the least.
 
-    Matrix products: the same products by the framework, with nothing else between. Attention: its
-    FLOPs at the same rate. The others, which do little with each element: the bytes of
-    `bytes_per_token` and of the optimizer, at the rate of copying a tensor of their size. Kinds for
-    which this means nothing are left out.
+    Matrix products: the same products by the framework's fastest library, with nothing else
+    between. Attention: its FLOPs at the same rate. The others, which do little with each element:
+    the bytes of `bytes_per_token` and of the optimizer, at the rate of copying a tensor of their
+    size. Kinds for which this means nothing are left out.
     """
     spec, train = config.model, config.train
     micros, rows = cut(train.global_batch_size, train.micro_batch_size, ranks)
     tokens = rows * spec.context
     tools = backend.bench()
     products = products_of(spec, rows)
-    library = tools.product_libraries(train.precision)[0]
-    seconds = _seconds(tools.products(library, products, train.precision))
+    seconds = min(
+        _seconds(tools.products(library, products, train.precision))
+        for library in tools.product_libraries(train.precision)
+    )
     rate = sum(product.flops for product in products) / seconds
     times = {
         "matrix products": micros * seconds,
@@ -81,11 +82,11 @@ def _seconds_of_a_byte(tools: BenchTools, elements: int) -> float:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The median time of some runs after a first one."""
+    """The least time of some runs after a first one."""
     work()
     times: list[float] = []
     while len(times) < _LEAST_RUNS or sum(times) < _SECONDS:
         begin = time.perf_counter()
         work()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return min(times)

@@ -59,14 +59,18 @@ def test_an_unknown_name_is_refused_with_the_known_ones(installed):
     )
 
 
-@pytest.mark.parametrize("name", ["torch", "other"])
-def test_a_missing_framework_is_named_with_the_mend(installed, name):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("torch", "needs torch, which is missing; pip install 'horovod_lm[torch]'"),
+        ("other", "can't be imported: No module named 'no_such_framework'; install "
+         "no_such_framework, and see horovod-lm doctor"),
+    ],
+)  # fmt: skip
+def test_a_missing_framework_is_named_with_the_mend(installed, name, said):
     with pytest.raises(UserError) as caught:
         load_backend(name)
-    assert str(caught.value) == (
-        f"backend {name} can't be imported: No module named 'no_such_framework'; install "
-        f"no_such_framework, and see horovod-lm doctor"
-    )
+    assert str(caught.value) == f"backend {name} {said}"
 
 
 def test_the_status_bits_do_not_overlap():

@@ -358,10 +358,11 @@ def test_ideal_times_follow_the_rates(monkeypatch, batch, micro, sequences):
 
     class Tools:
         def product_libraries(self, precision):
-            return ["here"]
+            return ["slower", "faster"]
 
         def products(self, library, products, precision):
-            return lambda: sum(p.flops for p in products) / 1e9
+            rate = {"slower": 1e8, "faster": 1e9}[library]
+            return lambda: sum(p.flops for p in products) / rate
 
         def copy(self, elements):
             return lambda: 8 * elements / 1e9
