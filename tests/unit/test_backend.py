@@ -67,7 +67,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones(installed):
          "no_such_framework, and see horovod-lm doctor"),
     ],
 )  # fmt: skip
-def test_a_missing_framework_is_named_with_the_mend(installed, name, said):
+def test_a_missing_framework_is_named_with_the_mend(installed, monkeypatch, name, said):
+    # An earlier test may have imported it, and what is imported is found without a path.
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     with pytest.raises(UserError) as caught:
         load_backend(name)
     assert str(caught.value) == f"backend {name} {said}"
