@@ -2,6 +2,9 @@
 
 torch since 2.1 and TensorFlow since 2.10 need C++17 in whatever includes their headers; Horovod
 asks for C++14 at its top and again for torch.
+
+See https://github.com/horovod/horovod/issues/3996 and
+https://github.com/horovod/horovod/issues/3941.
 """
 
 

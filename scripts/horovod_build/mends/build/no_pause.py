@@ -6,6 +6,9 @@ for up to a cycle all the same; where one rank came a moment later than the othe
 another. Now they end the sleep, and none begins until they are done. Meanwhile a rank waits inside
 the negotiation for the others, whose own tensors wake them. With HOROVOD_FUSION_THRESHOLD=0, which
 turns fusion off, this holds for each allreduce.
+
+The pause is what users saw in https://github.com/horovod/horovod/issues/1454 and
+https://github.com/horovod/horovod/pull/2468.
 """
 
 PAUSE = """    // Ended early by what is not worth waiting for: see EnqueueTensorAllreduces.

@@ -2,6 +2,8 @@
 
 Horovod compiles a second Gloo as C++17 for TensorFlow; the first is C++11, and nothing in Gloo's
 headers depends on the standard, so that both frameworks can link the same one.
+
+The second came with https://github.com/horovod/horovod/pull/3558.
 """
 
 

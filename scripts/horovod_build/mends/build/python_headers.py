@@ -1,6 +1,8 @@
 """Find Python's headers without distutils.
 
 Python 3.12 has no distutils; sysconfig gives the same folder.
+
+See https://github.com/horovod/horovod/issues/3634.
 """
 
 

@@ -4,6 +4,8 @@ Horovod compiles its core (some 30 files) for each framework. Nothing in it depe
 where both have the same C++ ABI and no GPU is involved: there both libraries take the objects of
 one common library, compiled with the bundled Eigen. With a GPU each framework still compiles its
 own.
+
+Why it is compiled for each: https://github.com/horovod/horovod/pull/1199.
 """
 
 SHARED = """# Shared by the frameworks whose flags agree

@@ -4,6 +4,8 @@
 On a machine whose cores all compute, it took a core from the thread that reduces; ranks over Gloo,
 whose transport has threads of its own, waited milliseconds for theirs. It now waits on a condition
 variable.
+
+It slept for a millisecond between two looks before https://github.com/horovod/horovod/pull/2101.
 """
 
 WAIT = """

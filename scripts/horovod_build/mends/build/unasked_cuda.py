@@ -3,6 +3,8 @@
 The torch that PyPI serves is a CUDA build. Horovod then compiles for CUDA as soon as an nvcc is
 found, and fails where the toolkit's headers or its runtime library are not there. CUDA that was
 asked for (HOROVOD_GPU_OPERATIONS) is still required.
+
+See https://github.com/horovod/horovod/issues/3607.
 """
 
 
