@@ -2,6 +2,9 @@
 
 In a graph a Keras 3 variable has no `assign` that can be traced here; its `value`, the tf.Variable,
 has.
+
+Other things without `assign` in a model failed in the same line:
+https://github.com/horovod/horovod/issues/2356.
 """
 
 

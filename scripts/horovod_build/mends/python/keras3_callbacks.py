@@ -1,32 +1,17 @@
-"""Refuse Horovod's Keras callbacks under Keras 3 when they are made.
+"""Add horovod/_keras3_callbacks.py, from which other mends take Horovod's callbacks for Keras 3.
 
-They use `optimizer.lr`, `optimizer.variables()`, `variable.ref()` and `keras.backend.constant`,
-none of which Keras 3 has. The broadcast would fail after the first batch, half done; the average of
-metrics after the first epoch; the learning rate at the first batch, and a changed momentum is not
-seen by the compiled step. `UpdateBatchStateCallback` shortens the first epoch after a reset by way
-of `params['steps']`, which Keras 3 does not read: it would repeat batches.
+`horovod._keras.callbacks` uses `optimizer.lr`, `optimizer.variables()`, `variable.ref()` and
+`keras.backend.constant`, none of which Keras 3 has. Each callback has a mend of its own.
+
+See https://github.com/horovod/horovod/issues/4290.
 """
 
-REFUSALS = (
-    ("callbacks", "BroadcastGlobalVariables", "it would fail after a batch", "BROADCAST"),
-    ("callbacks", "MetricAverage", "it would fail after an epoch", "AVERAGE"),
-    ("callbacks", "LearningRateSchedule", "optimizer.lr is gone", "LEARNING_RATE"),
-    ("elastic", "UpdateBatchState", "it would repeat batches after a reset", "ELASTIC"),
-)
+from horovod_build.mending import ADDED
 
 
 def mend(source):
-    source.edit(
-        "horovod/_keras/callbacks.py",
-        "import horovod.tensorflow as hvd\n",
-        "import horovod.tensorflow as hvd\nfrom horovod import _keras3\n",
-    )
-    source.edit(
-        "horovod/_keras/elastic.py",
-        "class CommitStateCallbackImpl(object):\n",
-        "from horovod import _keras3\n\n\nclass CommitStateCallbackImpl(object):\n",
-    )
-    for file, name, why, instead in REFUSALS:
-        anchor = f"        super({name}CallbackImpl, self).__init__(*args)\n"
-        refusal = f"        _keras3.refuse(type(self).__name__, '{why}', _keras3.{instead}, self)\n"
-        source.edit(f"horovod/_keras/{file}.py", anchor, anchor + refusal)
+    name = "_keras3_callbacks.py"
+    source.add(f"horovod/{name}", (ADDED / name).read_text(encoding="utf-8"))
+    for path in ("horovod/keras/callbacks.py", "horovod/tensorflow/keras/callbacks.py"):
+        anchor = "from horovod._keras import callbacks as _impl\n"
+        source.edit(path, anchor, "from horovod import _keras3_callbacks\n" + anchor)

@@ -2,8 +2,11 @@
 
 `DistributedGradientTape.gradient`, `register_local_source` (with it
 `PartialDistributedGradientTape`) and `get_local_and_global_gradients` call `.ref()`, which a Keras
-3 variable does not have; its `value` is the tf.Variable, which has. What the caller gets back is
-paired with the sources as they were given.
+3 variable does not have; its `value` is the tf.Variable, which has. Sources may be one variable or
+nested, as those of tf.GradientTape: gradients come back in that structure, and are paired with the
+sources as they were given.
+
+See https://github.com/horovod/horovod/issues/4290.
 """
 
 
@@ -17,8 +20,14 @@ def mend(source):
     source.edit(
         path,
         "            gradients = super(self.__class__, self).gradient(target, sources, output_gradients)\n",
-        "            sources = [_keras3.tf_variable(s) for s in sources]\n"
+        "            given = sources\n"
+        "            sources = [_keras3.tf_variable(s) for s in tf.nest.flatten(sources)]\n"
         "            gradients = super(self.__class__, self).gradient(target, sources, output_gradients)\n",
+    )
+    source.edit(
+        path,
+        "                return [s2g[s.ref()] for s in sources]\n",
+        "                return tf.nest.pack_sequence_as(given, [s2g[s.ref()] for s in sources])\n",
     )
     source.edit(
         path,

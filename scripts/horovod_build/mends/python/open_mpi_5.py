@@ -2,6 +2,8 @@
 
 Open MPI 5 refuses `-bind-to none -map-by slot`; Open MPI 4 takes both forms. Other MPIs keep
 theirs.
+
+Open MPI said so beforehand, in a warning: see https://github.com/open-mpi/ompi/issues/7565.
 """
 
 

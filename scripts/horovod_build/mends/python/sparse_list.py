@@ -2,6 +2,8 @@
 
 `grouped_allreduce` paired them with the list of all tensors: beside dense ones a sparse tensor took
 a wrong shape, or the call failed.
+
+See https://github.com/horovod/horovod/issues/3994.
 """
 
 

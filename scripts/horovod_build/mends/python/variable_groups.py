@@ -1,9 +1,11 @@
 """Tell the variables of `groups` apart by what they are, not by their names.
 
-Gradients were filed under `var.name`. Of two variables with one name (every Dense layer has a `kernel`) the second took
-the place of the first, whose gradient came back as None, in silence. Each variable of a group now has a key of its own,
-given outside the traced function, where variables are still the user's objects. A group none of whose variables has a
-gradient, which failed, is left out.
+Gradients were filed under `var.name`. Of two variables with one name (every Dense layer has a
+`kernel`) the second took the place of the first, whose gradient came back as None, in silence. Each
+variable of a group now has a key of its own, given outside the traced function, where variables are
+still the user's objects. A group none of whose variables has a gradient, which failed, is left out.
+
+`groups` came with https://github.com/horovod/horovod/pull/2523.
 """
 
 KEYED = """    reduce_grads = _make_subgraph(allreduce_grads) if _executing_eagerly() else allreduce_grads
@@ -25,6 +27,8 @@ KEYED = """    reduce_grads = _make_subgraph(allreduce_grads) if _executing_eage
 
 def mend(source):
     path = "horovod/tensorflow/__init__.py"
+    anchor = "from horovod.tensorflow.mpi_ops import init, shutdown\n"
+    source.edit(path, anchor, "from horovod import _keras3\n" + anchor)
     source.edit(path, "var_name2grad[var.name]", "var_name2grad[var]", times=3)
     source.edit(path, "if var.name in var_name2grad:", "if var in var_name2grad:")
     source.edit(path, "for group in groups:\n", "for group in keyed:\n")
