@@ -1,4 +1,9 @@
-"""Let `DistributedOptimizer.zero_grad` take `set_to_none`, as every optimizer of torch does."""
+"""Let `DistributedOptimizer.zero_grad` take `set_to_none`, as every optimizer of torch does.
+
+It took no argument, so that a loop that gives one failed in its first step.
+
+See https://github.com/horovod/horovod/issues/3405 and https://github.com/horovod/horovod/pull/4026.
+"""
 
 
 def mend(source):
