@@ -314,6 +314,12 @@ _NOISE = re.compile(
     r"^(-{20,}|prterun |mpirun |PRTE |srun: |Process \d+ exit with status code|"
     r"Terminating remaining workers|\[[^\]]*:\d+\] )"
 )
+# What our build of horovodrun says
+_HOROVODRUN = re.compile(
+    r"^horovodrun: rank (?P<rank>\d+)(?: on \S+)?(?: failed, then rank \d+(?: on \S+)?)? "
+    r"(?:ended with exit code|was ended by (?P<signal>signal)) (?P<number>\d+)",
+    re.MULTILINE,
+)
 # TensorFlow greets each process with these, whatever its log level is.
 _GREETING = re.compile(r"^(WARNING: All log messages before absl|I0000 00:00|To enable the follow)")
 
@@ -346,6 +352,9 @@ class Failure:
 
 def reported_failure(text: str) -> Failure:
     """Read a launcher's message about the first rank that failed."""
+    if ours := _HOROVODRUN.search(text):
+        who, how = int(ours["rank"]), int(ours["number"])
+        return Failure(who, None, how) if ours["signal"] else Failure(who, how, None)
     name = re.search(r"^\s*Process name: \[?(?:\S*[,\]])?(\d+)\]?\s*$", text, re.MULTILINE)
     code = re.search(r"^\s*Exit code:\s+(\d+)\s*$", text, re.MULTILINE)
     ended = re.search(r"process rank (\d+) [^\n]*exited on\s+signal (\d+)", text)

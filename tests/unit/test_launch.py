@@ -253,8 +253,19 @@ Process name: 1
 Exit code: 75
 """
 
+OUR_HOROVODRUN_LOG = """\
+[0]<stdout>:step 1
+[1]<stderr>:horovod-lm: no space
+Process 1 exit with status code 75.
+--------------------------------------------------------------------------
+horovodrun: rank 1 on localhost ended with exit code 75. The end of rank 1's output:
 
-@pytest.mark.parametrize("text", [MPIRUN_LOG, HOROVODRUN_LOG])
+  horovod-lm: no space
+--------------------------------------------------------------------------
+"""
+
+
+@pytest.mark.parametrize("text", [MPIRUN_LOG, HOROVODRUN_LOG, OUR_HOROVODRUN_LOG])
 def test_what_launchers_say_is_read_and_then_left_out(text):
     failure = reported_failure(text)
     assert (failure.rank, failure.exit_code, failure.signal) == (1, 75, None)
@@ -263,5 +274,7 @@ def test_what_launchers_say_is_read_and_then_left_out(text):
 
 
 def test_a_rank_ended_by_a_signal_under_horovodrun():
-    failure = reported_failure(HOROVODRUN_LOG.replace("75", "139"))
-    assert (failure.rank, failure.exit_code, failure.signal) == (1, None, 11)
+    ours = OUR_HOROVODRUN_LOG.replace("ended with exit code 75", "was ended by signal 11 (SIGSEGV)")
+    for text in (HOROVODRUN_LOG.replace("75", "139"), ours):
+        failure = reported_failure(text)
+        assert (failure.rank, failure.exit_code, failure.signal) == (1, None, 11)
