@@ -12,7 +12,7 @@ from typing import Any
 
 from horovod_lm.errors import UserError
 
-# A framework's distributions, and the tag that our builds of Horovod carry: 0.28.1+lm3.
+# A framework's distributions, and the tag that our builds of Horovod carry: 0.28.1+lm4.
 DISTRIBUTIONS = {
     "torch": ("torch",),
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-rocm"),

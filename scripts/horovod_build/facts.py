@@ -23,7 +23,7 @@ from horovod_build.mending import mend_digests
 VERSION = "0.28.1"
 SDIST = f"horovod-{VERSION}.tar.gz"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-LOCAL_TAG = "lm3"
+LOCAL_TAG = "lm4"
 
 # Named switches and flags of Horovod's build; HOROVOD_* variables that steer a running job are not
 # among them.
