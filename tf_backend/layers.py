@@ -1,5 +1,5 @@
-"""The layers of the Transformer. Shape letters: B batch, L queries, M keys, D width, H heads, G heads
-of keys and values, K head width, F feed-forward width, V vocabulary."""
+"""The layers of the Transformer. Shape letters: B batch, L queries, M keys, D width, H heads,
+G heads of keys and values, K head width, F feed-forward width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from horovod_lm.activations import record, record_rows
+from horovod_lm.activations import record, record_rows, traced
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
 from tf_backend.precision import (
@@ -66,8 +66,8 @@ class Words(NamedTuple):
     residual_columns: tf.Tensor | None
     attention_rows: tf.Tensor | None
     attention_columns: tf.Tensor | None
-    cross_rows: tf.Tensor | None = None
-    cross_columns: tf.Tensor | None = None
+    cross_rows: tf.Tensor | None
+    cross_columns: tf.Tensor | None
 
 
 class Native(NamedTuple):
@@ -77,6 +77,29 @@ class Native(NamedTuple):
 
 
 Noise = Words | Native
+
+
+class Sight(NamedTuple):
+    """What attention is told in all blocks of a stack: which keys a query sees, and what positions
+    do to it. `causal`: none after it, and each row has as many queries as new keys, which then are
+    the last ones. `mask` (B, L, M) is 0, or `UNSEEN` where a query does not see a key; `seeing`
+    (B, L, 1) is 1, or 0 for a query that sees none, whose probabilities are equal then and have no
+    gradient. `bias` (H, L, M) and `mask` are added to scaled scores. `rotary` are cosines and sines
+    (B or 1, 1, L, K / 2) by which queries and new keys are turned."""
+
+    causal: bool = False
+    mask: tf.Tensor | None = None
+    seeing: tf.Tensor | None = None
+    bias: tf.Tensor | None = None
+    rotary: tuple[tf.Tensor, tf.Tensor] | None = None
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of one block: keys and values of earlier tokens, (2, B, G, context, K),
+    and those of the encoder's output, (2, B, G, M, K), where it attends to that."""
+
+    own: tf.Variable
+    cross: tf.Tensor | None
 
 
 def keep_mask(rows: tf.Tensor, columns: tf.Tensor, rate: float) -> tf.Tensor:
@@ -117,30 +140,16 @@ def dropout(x: tf.Tensor, noise: Noise | None, site: int, rate: float) -> tf.Ten
     return _times_keep(x, keep, rate)
 
 
-class Sight(NamedTuple):
-    """What the queries of an attention see of the keys.
-
-    `causal`: none after themselves. `bias` (H, L, M) is added to scaled scores. `mask` (B, L, M) is
-    0 where a query sees a key, and `UNSEEN` where not; `some` (B, L, 1) is 0 for a query that sees
-    no key at all, and else 1. `rotary` are cosines and sines, (B or 1, 1, L, K / 2), by which
-    queries and keys are turned. None is nothing of the kind.
-    """
-
-    causal: bool = False
-    bias: tf.Tensor | None = None
-    mask: tf.Tensor | None = None
-    some: tf.Tensor | None = None
-    rotary: tuple[tf.Tensor, tf.Tensor] | None = None
-
-
 def _turned(x, cosines, sines):
     first, second = tf.split(x, 2, -1)
     return tf.concat([first * cosines - second * sines, second * cosines + first * sines], -1)
 
 
-def rotate(x: tf.Tensor, rotary: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-    """(B, H, L, K) turned by position (Su et al., 2021); the gradient is turned back. A half is
-    turned in fp32 and rounded once."""
+def rotate(x_BHLK: tf.Tensor, rotary: tuple[tf.Tensor, tf.Tensor] | None) -> tf.Tensor:
+    """Each pair (i, i + K / 2) turned by its position's angle (Su et al., 2021), in the full type
+    and then rounded as `x` was; the identity without `rotary`."""
+    if rotary is None:
+        return x_BHLK
     cosines, sines = rotary
 
     @tf.custom_gradient
@@ -151,7 +160,7 @@ def rotate(x: tf.Tensor, rotary: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
 
         return tf.cast(_turned(full(x), cosines, sines), x.dtype), backward
 
-    return turn(x)
+    return turn(x_BHLK)
 
 
 def _repeat(x, times: int):
@@ -171,7 +180,7 @@ def _repeat(x, times: int):
     return repeat(x)
 
 
-def _blockwise(query, key, value, scale, sight, noise, site, rate, heads, half):
+def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
     """Attention of some query rows at a time, so that what they work on stays in the cache, with
     probabilities kept for the backward. A causal one takes `ROW_BLOCK` rows and never touches the
     keys after them. All (B H, L or M, K), lengths known when traced.
@@ -200,7 +209,7 @@ def _blockwise(query, key, value, scale, sight, noise, site, rate, heads, half):
 
     def note(name, x, start, seen):
         if seen is not None:
-            record_rows(f"{site[1]}.{name}", by_head(x), start, heads, site[0], seen=seen)
+            record_rows(f"{site[0]}.{name}", by_head(x), start, heads, site[1], seen=seen)
 
     def softmax(scores, bias, start, end, last):
         """Of scores with all that is added to them."""
@@ -259,9 +268,9 @@ def _blockwise(query, key, value, scale, sight, noise, site, rate, heads, half):
                 if keep is not None:
                     d_scores = _times_keep(d_scores, keep, rate)
                 d_scores = (d_scores - inner_sum[:, start:end]) * probabilities
-                if sight.some is not None:
-                    shape, some = tf.shape(d_scores), sight.some[:, None, start:end]
-                    d_scores = tf.reshape(by_head(d_scores) * some, shape)
+                if sight.seeing is not None:
+                    shape, seeing = tf.shape(d_scores), sight.seeing[:, None, start:end]
+                    d_scores = tf.reshape(by_head(d_scores) * seeing, shape)
                 if bias:
                     d_bias.append(_padded(tf.reduce_sum(by_head(d_scores), 0), 2, keys))
                 if half is not None and scale != 1:
@@ -296,8 +305,8 @@ def _padded(x, axis: int, size: int):
 
 
 def _seen(sight: Sight, start: int, end: int, last: int) -> np.ndarray | None:
-    """For `record_rows`, which is of use eagerly alone: (B or 1, 1, rows, keys)."""
-    if not tf.executing_eagerly():
+    """`seen` of `record_rows` for the query rows from `start` to `end`, (B or 1, 1, rows, keys)."""
+    if not traced():
         return None
     seen = np.tril(np.ones((1, 1, end - start, last), bool), start if sight.causal else last)
     if sight.mask is not None:
@@ -305,7 +314,7 @@ def _seen(sight: Sight, start: int, end: int, last: int) -> np.ndarray | None:
     return seen
 
 
-def _plain(query_BHLK, key_BGMK, value_BGMK, scale, sight, half):
+def _plain(query_BHLK, key_BGMK, value_BGMK, sight, scale, half):
     """Attention of queries to a cache whose last keys are their own, in few operations."""
     _, heads, length, width = query_BHLK.shape
     groups, keys = key_BGMK.shape[1], tf.shape(key_BGMK)[2]
@@ -325,28 +334,28 @@ def attention(
     query_BHLK: tf.Tensor,
     key_BGMK: tf.Tensor,
     value_BGMK: tf.Tensor,
-    scale: float,
     sight: Sight,
+    scale: float,
     noise: tuple[tf.Tensor, tf.Tensor] | Native | None,
-    site: tuple[str, str],
     rate: float,
+    site: tuple[str, str],
     half: tf.DType | None,
 ) -> tf.Tensor:
     """softmax(scale q k^T + bias + mask) v, (B, H, L, K). Head g of keys and values serves the
     queries' heads g H / G to (g + 1) H / G - 1.
 
     `noise` drops probabilities: words of rows (B, H, L) and columns (M,), or a generator's seed.
-    `site` names what is recorded: the block, and the attention in it. Queries beside a cache take
+    `site` names what is recorded: the attention, and its block. Queries beside a cache take
     a plain form, which is causal and knows no noise.
     """
     if key_BGMK.shape[2] is None or (sight.causal and key_BGMK.shape[2] != query_BHLK.shape[2]):
-        return _plain(query_BHLK, key_BGMK, value_BGMK, scale, sight, half)
+        return _plain(query_BHLK, key_BGMK, value_BGMK, sight, scale, half)
     _, heads, length, width = query_BHLK.shape
     times, keys = heads // key_BGMK.shape[1], key_BGMK.shape[2]
     query = tf.reshape(query_BHLK, [-1, length, width])
     key, value = (tf.reshape(_repeat(x, times), [-1, keys, width]) for x in (key_BGMK, value_BGMK))
     noise = noise if rate else None
-    output = _blockwise(query, key, value, scale, sight, noise, site, rate, heads, half)
+    output = _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half)
     return tf.reshape(output, [-1, heads, length, width])
 
 
@@ -390,33 +399,34 @@ class Embeddings(keras.layers.Layer):
         self,
         tokens_BL: tf.Tensor,
         noise: Noise | None,
-        positions: tf.Tensor | None = None,
-        segments: tf.Tensor | None = None,
+        positions_BL: tf.Tensor | None = None,
+        segments_BL: tf.Tensor | None = None,
         start: tf.Tensor | int = 0,
-        block: str | None = None,
+        site: str = "embeddings",
     ) -> tf.Tensor:
-        """`positions` and `segments` (B, L) where they are not 0, 1, 2, … and 0; `start` is the
-        position of the first token; `block` stands before recorded names."""
+        """Without `positions`, they begin with `start`; without `segments`, all are 0. What is
+        recorded is named after `site`."""
         spec = self.spec
         x = _lookup(tf.convert_to_tensor(self.tokens), tokens_BL)
         if spec.embedding_scale != 1:
             x = x * spec.embedding_scale
         if self.positions is not None:
             table = tf.convert_to_tensor(self.positions)
-            if positions is None:
-                first = start + spec.position_offset
-                x = x + table[first : first + tf.shape(tokens_BL)[1]]
+            if positions_BL is None:
+                first, length = start + spec.position_offset, tokens_BL.shape[1]
+                # The shape is made known again where `start` is not.
+                x = x + tf.reshape(table[first : first + length], [length, spec.width])
             else:
-                x = x + _lookup(table, positions + spec.position_offset)
+                x = x + _lookup(table, positions_BL + spec.position_offset)
         if self.segments is not None:
             table = tf.convert_to_tensor(self.segments)
-            x = x + (table[0] if segments is None else _lookup(table, segments))
-        record("embeddings.sum", x, block)
+            x = x + (table[0] if segments_BL is None else _lookup(table, segments_BL))
+        record(f"{site}.sum", x)
         if self.norm is not None:
             x = self.norm(x)
-            record("embeddings.norm", x, block)
+            record(f"{site}.norm", x)
         x = dropout(x, noise, 0, spec.dropout)
-        record("embeddings", x, block)
+        record(site, x)
         return x
 
 
@@ -523,7 +533,7 @@ class Attention(keras.layers.Layer):
     def build(self, input_shape=None) -> None:
         spec = self.spec
         queries, keys = spec.attention_width, spec.key_value_count * spec.head_width
-        widths = {"query_kernel": queries, "kv_kernel": 2 * keys}
+        widths = {"query_kernel": queries, "key_value_kernel": 2 * keys}
         if self.fused:
             widths = {"qkv_kernel": 3 * queries}
         for name, width in widths.items():
@@ -544,9 +554,9 @@ class Attention(keras.layers.Layer):
             ]
         self.output_linear.build()
 
-    def remember(self, encoded: tf.Tensor) -> tf.Tensor:
+    def remember(self, x: tf.Tensor) -> tf.Tensor:
         """Keys and values (2, B, G, M, K) of what the queries see, (B, M, D)."""
-        return self._heads(self._product(encoded, self.kv_kernel, 1, 3), 2)
+        return self._heads(self._product(x, self.key_value_kernel, 1, 3), 2)
 
     def call(
         self,
@@ -565,8 +575,7 @@ class Attention(keras.layers.Layer):
         else:
             (query,) = tf.unstack(self._heads(self._product(x, self.query_kernel, 0, 1), 1))
             key, value = tf.unstack(memory if self.cross else self.remember(x))
-        if sight.rotary is not None:
-            query, key = rotate(query, sight.rotary), rotate(key, sight.rotary)
+        query, key = rotate(query, sight.rotary), rotate(key, sight.rotary)
         for name, part in (("query", query), ("key", key), ("value", value)):
             record(f"{self.name}.{name}", part, self.block)
         if cache is not None:
@@ -574,9 +583,9 @@ class Attention(keras.layers.Layer):
             cache[:, :, :, start:end].assign(full(tf.stack([key, value])))
             key, value = tf.unstack(cast(cache[:, :, :, :end], self.half))
         noise = _site_noise(noise, self.index, self.cross)
-        rate, site = self.spec.attention_dropout, (self.block, self.name)
+        rate, site = self.spec.attention_dropout, (self.name, self.block)
         scale = self.spec.attention_scale
-        mixed = attention(query, key, value, scale, sight, noise, site, rate, self.half)
+        mixed = attention(query, key, value, sight, scale, noise, rate, site, self.half)
         mixed = tf.transpose(mixed, [0, 2, 1, 3])
         mixed = tf.reshape(mixed, [-1, x.shape[1], self.spec.attention_width])
         record(f"{self.name}.mixed", mixed, self.block)
@@ -669,19 +678,25 @@ class Block(keras.layers.Layer):
         x: tf.Tensor,
         sight: Sight,
         noise: Noise | None,
-        memory: tf.Tensor | None = None,
+        encoded: tf.Tensor | None = None,
         cross_sight: Sight | None = None,
-        cache: tf.Variable | None = None,
+        cache: Cache | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
-        """(B, L, D) to (B, L, D), no half. `memory` is the encoder's output (B, M, D), or what
-        `Attention.remember` made of it; see `Attention` for `cache` and `start`."""
+        """(B, L, D) to (B, L, D), no half. `encoded` is the encoder's output (B, M, D), where
+        there is one and the cache does not have what it gives; `start` is as in `Attention`."""
+        own = None if cache is None else cache.own
 
         def cross(x):
-            known = memory if len(memory.shape) == 5 else self.cross_attention.remember(memory)
-            return self.cross_attention(x, cross_sight, noise, known)
+            attend = self.cross_attention
+            memory = attend.remember(encoded) if cache is None else cache.cross
+            return attend(x, sight=cross_sight, noise=noise, memory=memory)
 
-        branches = {"attention": lambda x: self.attention(x, sight, noise, None, cache, start=start)}
+        def same(x):
+            return self.attention(x, sight=sight, noise=noise, cache=own, start=start)
+
+        # By keyword: Keras wants nothing but tensors without.
+        branches = {"attention": same}
         if self.cross_attention is not None:
             branches["cross_attention"] = cross
         branches["feed_forward"] = self.feed_forward

@@ -11,7 +11,7 @@ from tf_backend.profiler import scope
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
 
-def _chunk(hidden, kernel, bias, targets, weights, coefficients, half, smoothing, z_loss, site):
+def _chunk(hidden, kernel, bias, targets, weights, coefficients, smoothing, z_loss, half, site):
     """Both sums of one chunk of rows, its dh, its share of dW^T and that of db."""
     hidden, kernel = operand(hidden, half), operand(kernel, half)
     z = full(multiply(hidden, kernel, half))
@@ -54,10 +54,10 @@ def head_loss(
     targets_N: tf.Tensor,
     weights_N: tf.Tensor,
     coefficients_N: tf.Tensor,
+    smoothing: float,
+    z_loss: float,
     half: tf.DType | None,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    site: str = "logits",
+    site: str,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Two sums over the rows: of their losses times `coefficients` (the differentiable one), and
     of their negative log-likelihood in nats times `weights`. `targets` are int32; the logits are
@@ -70,7 +70,7 @@ def head_loss(
     Gradients are made in the forward, while the chunk's logits are at hand, and handed out in the
     backward.
     """
-    numbers = half, smoothing, z_loss, site
+    settings = smoothing, z_loss, half, site
 
     @tf.custom_gradient
     def forward(hidden, kernel, *bias):
@@ -87,7 +87,7 @@ def head_loss(
                 targets_N[part],
                 weights_N[part],
                 coefficients_N[part],
-                *numbers,
+                *settings,
             )
             sums += chunk
             d_hidden.append(d_rows)

@@ -10,8 +10,18 @@ import tensorflow as tf
 
 from horovod_lm.activations import record
 from horovod_lm.spec import ModelSpec, alibi_slopes, relative_buckets, rotary_tables
-from tf_backend.layers import ACTIVATIONS, UNSEEN, Block, Embeddings, Linear, Noise, Norm, Sight
-from tf_backend.precision import FULL_TYPES, HALF_TYPES, full, product
+from tf_backend.layers import (
+    ACTIVATIONS,
+    UNSEEN,
+    Block,
+    Cache,
+    Embeddings,
+    Linear,
+    Noise,
+    Norm,
+    Sight,
+)
+from tf_backend.precision import FULL_TYPES, HALF_TYPES, full, linear
 
 
 def _by_distance(values_HN, length: int, start):
@@ -89,7 +99,10 @@ class Stack(keras.layers.Layer):
                 seen = seen & (earlier | (prefix[:, None, :] > 0))
             mask = _mask(seen, self.dtype)
         return Sight(
-            causal, self._bias(length, start), mask, rotary=self._rotary(length, positions, start)
+            causal,
+            mask,
+            bias=self._bias(length, start),
+            rotary=self._rotary(length, positions, start),
         )
 
     def call(
@@ -97,22 +110,21 @@ class Stack(keras.layers.Layer):
         x: tf.Tensor,
         sight: Sight,
         noise: Noise | None = None,
-        memory: tf.Tensor | Sequence[tf.Tensor] | None = None,
+        encoded: tf.Tensor | None = None,
         cross_sight: Sight | None = None,
-        caches: Sequence[tf.Variable] | None = None,
+        caches: Sequence[Cache] | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
-        """(B, L, D) to (B, L, D), no half. `memory` is the encoder's output (B, M, D), or for each
-        block what `Attention.remember` made of it; `caches`, for each block (2, B, G, context, K),
-        and `start` are for decoding: the tokens' first position, with keys and values of earlier
-        ones."""
+        """(B, L, D) to (B, L, D), no half. `encoded` is the encoder's output (B, M, D); `caches`,
+        one for each block, and `start` are for decoding: the tokens' first position, with keys and
+        values of earlier ones."""
         for index, block in enumerate(self.blocks):
             if self.recompute and caches is None:
-                x = _recomputed(block, x, sight, noise, memory, cross_sight)
-                continue
-            known = memory[index] if isinstance(memory, (list, tuple)) else memory
-            cache = None if caches is None else caches[index]
-            x = block(x, sight, noise, known, cross_sight, cache, start=start)
+                x = _recomputed(block, x, sight, noise, encoded, cross_sight)
+            else:
+                cache = None if caches is None else caches[index]
+                known = {"noise": noise, "encoded": encoded, "cross_sight": cross_sight}
+                x = block(x, sight=sight, **known, cache=cache, start=start)
         if self.norm is not None:
             x = self.norm(x)
             record(f"{self.name}.norm", x)
@@ -137,7 +149,8 @@ class Stack(keras.layers.Layer):
         if positions is not None:
             cosines, sines = (tf.gather(table, positions)[:, None] for table in tables)
         else:
-            cosines, sines = (table[start : start + length][None, None] for table in tables)
+            tables = (table[start : start + length] for table in tables)
+            cosines, sines = (tf.reshape(table, [1, 1, length, -1]) for table in tables)
         return cosines, sines
 
 
@@ -145,16 +158,17 @@ def _mask(seen: tf.Tensor, dtype: str) -> tf.Tensor:
     return tf.where(seen, tf.constant(0, dtype), tf.constant(UNSEEN, dtype))
 
 
-def _recomputed(block: Block, x, sight: Sight, noise, memory, cross_sight) -> tf.Tensor:
+def _recomputed(block: Block, x, sight: Sight, noise, encoded, cross_sight) -> tf.Tensor:
     """`block` of the same, whose backward begins with its forward. Whatever has a gradient is given
     to it as a tensor."""
-    given = [x] + [y for y in (sight.bias, memory) if y is not None]
+    given = [x] + [y for y in (sight.bias, encoded) if y is not None]
 
     def run(x, *rest):
         rest = list(rest)
         bias = None if sight.bias is None else rest.pop(0)
         known = rest.pop(0) if rest else None
-        return block(x, sight._replace(bias=bias), noise, known, cross_sight)
+        shifted = sight._replace(bias=bias)
+        return block(x, sight=shifted, noise=noise, encoded=known, cross_sight=cross_sight)
 
     return tf.recompute_grad(run)(*given)
 
@@ -165,7 +179,7 @@ class Head(keras.layers.Layer):
     `kernel` is (D, outputs), or None where it is the token embedding; `bias` (outputs,) or None."""
 
     def __init__(self, spec: ModelSpec, precision: str, name: str) -> None:
-        super().__init__(name=f"{name}_head", dtype=FULL_TYPES[precision].name, autocast=False)
+        super().__init__(name=f"heads.{name}", dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec, self.head = spec, name
         self.scale = spec.output_scale if name == "lm" else 1.0
         self.transform = self.norm = None
@@ -190,27 +204,25 @@ class Head(keras.layers.Layer):
             if layer is not None:
                 layer.build()
 
-    def call(self, rows: tf.Tensor) -> tf.Tensor:
-        """(N, D) to (N, D), no half."""
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """(…, D) to (…, D), no half."""
         if self.scale != 1:
-            rows = rows * self.scale
+            x = x * self.scale
         if self.transform is not None:
-            rows = self.transform(rows)
-            record("heads.lm.transform", rows)
-            rows = self.activation(full(rows))
-            record("heads.lm.activation", rows)
-            rows = self.norm(rows)
-            record("heads.lm.norm", rows)
-        return rows
+            x = self.transform(x)
+            record("heads.lm.transform", x)
+            x = self.activation(full(x))
+            record("heads.lm.activation", x)
+            x = self.norm(x)
+            record("heads.lm.norm", x)
+        return x
 
 
-class Cache(NamedTuple):
-    """What decoding keeps: for each block of the decoder, in `own`, keys and values of the tokens
-    before position `start`, (2, B, G, context, K), which are overwritten in place, and in `cross`
-    those of the encoder's output, (2, B, G, S, K), with its `cross_mask` (B, 1, S)."""
+class Past(NamedTuple):
+    """What decoding keeps: for each block of the decoder its cache, which is overwritten in place;
+    what tokens see of the encoder's, (B, 1, M), if not all; and the position of the next token."""
 
-    own: list[tf.Variable]
-    cross: list[tf.Tensor] | None
+    caches: list[Cache]
     cross_mask: tf.Tensor | None
     start: tf.Tensor
 
@@ -227,7 +239,8 @@ class Transformer(keras.Model):
         self.pooler = None
         if spec.pooler:
             self.pooler = Linear(spec.width, spec.width, True, precision, "pooler")
-        names = ["lm", *(head.name for head in spec.task_heads)]
+        self._over = {head.name: head.over for head in spec.task_heads}
+        names = ["lm", *self._over]
         self.heads = {name: Head(spec, precision, name) for name in names}
 
     def build(self, input_shape=None) -> None:
@@ -244,76 +257,82 @@ class Transformer(keras.Model):
         noise, hidden = noise or {}, {}
         for name, stack in self.stacks.items():
             own = self._own(inputs, name)
-            memory = cross_sight = None
-            if name == "decoder" and "encoder" in hidden:
-                memory = hidden["encoder"]
-                cross_sight = self._cross_sight(inputs)
-            block = name if len(self.stacks) > 1 else None
-            tokens, positions = own["tokens"], own.get("positions")
-            words = noise.get(name)
-            x = self.embeddings(tokens, words, positions, own.get("segments"), block=block)
-            sight = stack.sight(tokens.shape[1], own.get("blocks"), own.get("prefix"), positions)
-            hidden[name] = stack(x, sight, words, memory, cross_sight)
+            encoded = cross_sight = None
+            if hidden:
+                encoded, cross_sight = hidden["encoder"], self._cross_sight(inputs)
+            x, sight = self._begin(name, own, noise.get(name))
+            hidden[name] = stack(
+                x,
+                sight=sight,
+                noise=noise.get(name),
+                encoded=encoded,
+                cross_sight=cross_sight,
+            )
         return hidden
 
-    def start(self, inputs: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Cache]:
-        """Begin decoding after prompts: the hidden states (B, D) of their last tokens, and a
-        cache."""
-        spec, tokens = self.spec, inputs["tokens"]
-        decoder = self.stacks["decoder"]
-        shape = (2, len(tokens), spec.key_value_count, spec.context, spec.head_width)
-        own = [tf.Variable(tf.zeros(shape, self.dtype)) for _ in decoder.blocks]
-        cross = mask = None
+    def start(self, inputs: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Past]:
+        """Begin decoding after prompts `tokens` (B, L): the hidden states (B, D) of their last
+        tokens, and what is kept. To be called eagerly, since it makes variables."""
+        spec, tokens, blocks = self.spec, inputs["tokens"], self.stacks["decoder"].blocks
+        crosses, mask = [None] * len(blocks), None
         if "encoder" in self.stacks:
-            source = self._own(inputs, "encoder")
-            x = self.embeddings(
-                source["tokens"], None, source.get("positions"), source.get("segments")
-            )
-            encoder, length = self.stacks["encoder"], source["tokens"].shape[1]
-            sight = encoder.sight(length, source.get("blocks"), None, source.get("positions"))
-            encoded = encoder(x, sight)
-            cross = [block.cross_attention.remember(encoded) for block in decoder.blocks]
-            if "blocks" in source:
-                mask = _mask(source["blocks"][:, None] == 1, self.dtype)
-        return self._feed(tokens, Cache(own, cross, mask, tf.constant(0)))
+            own = self._own(inputs, "encoder")
+            x, sight = self._begin("encoder", own, None)
+            encoded = self.stacks["encoder"](x, sight=sight)
+            crosses = [block.cross_attention.remember(encoded) for block in blocks]
+            if "blocks" in own:
+                mask = _mask(own["blocks"][:, None] == 1, self.dtype)
+        shape = (2, len(tokens), spec.key_value_count, spec.context, spec.head_width)
+        caches = [Cache(tf.Variable(tf.zeros(shape, self.dtype)), cross) for cross in crosses]
+        return self._feed(tokens, Past(caches, mask, tf.constant(0)))
 
-    def next(self, tokens_B: tf.Tensor, cache: Cache) -> tuple[tf.Tensor, Cache]:
+    def next(self, tokens_B: tf.Tensor, past: Past) -> tuple[tf.Tensor, Past]:
         """Feed one token a row; what `start` gives."""
-        return self._feed(tokens_B[:, None], cache)
+        return self._feed(tokens_B[:, None], past)
 
-    def pooled(self, hidden: tf.Tensor) -> tf.Tensor:
-        """(B, L, D) to (B, D): what heads over sequences get, of the first token."""
+    def pooled(self, hidden: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """What heads over sequences get of the last stack's first tokens, (B, D)."""
+        first = list(hidden.values())[-1][:, 0]
         if self.pooler is None:
-            return hidden[:, 0]
-        pooled = tf.tanh(full(self.pooler(hidden[:, 0])))
+            return first
+        pooled = tf.tanh(full(self.pooler(first)))
         record("pooled", pooled)
         return pooled
 
-    def rows(
-        self, hidden: tf.Tensor, head: str, positions: tf.Tensor | None = None
+    def features(
+        self,
+        hidden: Mapping[str, tf.Tensor],
+        head: str = "lm",
+        positions_BP: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Of the last stack's (…, D) the rows (N, D) that a head's product takes; of a head over
-        tokens those at `positions` (B, P), if they are given."""
-        over = {task.name: task.over for task in self.spec.task_heads}.get(head, "token")
-        if over == "sequence":
-            hidden = self.pooled(hidden)
-        elif positions is not None:
-            hidden = tf.gather(hidden, positions, batch_dims=1)
-        return self.heads[head](tf.reshape(hidden, [-1, self.spec.width]))
+        """What a head's product takes: (B, L, D), or (B, P, D) with `positions`, or (B, D) of a
+        head over sequences."""
+        if self._over.get(head) == "sequence":
+            return self.head(head)(self.pooled(hidden))
+        x = list(hidden.values())[-1]
+        if positions_BP is not None:
+            x = tf.gather(x, positions_BP, batch_dims=1)
+        return self.head(head)(x)
+
+    def head(self, name: str) -> Head:
+        """The output head `name`."""
+        return self.heads[name]
 
     def head_kernel(self, head: str) -> tf.Tensor:
         """The (D, V) kernel of an output head: the transposed embedding where they are tied."""
-        kernel = self.heads[head].kernel
-        return tf.transpose(self.embeddings.tokens) if kernel is None else tf.convert_to_tensor(kernel)
+        kernel = self.head(head).kernel
+        if kernel is None:
+            return tf.transpose(self.embeddings.tokens)
+        return tf.convert_to_tensor(kernel)
 
     def head_bias(self, head: str) -> tf.Tensor | None:
         """The (V,) bias of an output head, if it has one."""
-        bias = self.heads[head].bias
+        bias = self.head(head).bias
         return None if bias is None else tf.convert_to_tensor(bias)
 
-    def logits(self, rows: tf.Tensor, head: str) -> tf.Tensor:
-        """(N, D) to (N, V), no half."""
-        logits = full(product(rows, self.head_kernel(head), self.half))
+    def logits(self, features: tf.Tensor, head: str = "lm") -> tf.Tensor:
+        """(…, D) to (…, V), no half."""
+        logits = full(linear(features, self.head_kernel(head), None, self.half))
         bias = self.head_bias(head)
         return logits if bias is None else logits + bias
 
@@ -339,18 +358,27 @@ class Transformer(keras.Model):
         )
         return _crossing(_mask(one[:, :, None] == other[:, None, :], self.dtype))
 
-    def _feed(self, tokens, cache: Cache) -> tuple[tf.Tensor, Cache]:
-        decoder, length = self.stacks["decoder"], tokens.shape[1]
-        x = self.embeddings(tokens, None, start=cache.start)
-        sight = decoder.sight(length, start=cache.start)
-        cross_sight = Sight()
-        if cache.cross_mask is not None:
-            cross_sight = _crossing(tf.repeat(cache.cross_mask, length, axis=1))
-        x = decoder(x, sight, None, cache.cross, cross_sight, cache.own, start=cache.start)
-        return x[:, -1], cache._replace(start=cache.start + length)
+    def _begin(self, stack: str, own, noise) -> tuple[tf.Tensor, Sight]:
+        """The embeddings of a stack's own inputs, and what its tokens see."""
+        tokens, positions = own["tokens"], own.get("positions")
+        source = stack == "encoder" and len(self.stacks) > 1
+        site = "source_embeddings" if source else "embeddings"
+        x = self.embeddings(tokens, noise, positions, own.get("segments"), site=site)
+        length, blocks, prefix = tokens.shape[1], own.get("blocks"), own.get("prefix")
+        return x, self.stacks[stack].sight(length, blocks, prefix, positions)
+
+    def _feed(self, tokens, past: Past) -> tuple[tf.Tensor, Past]:
+        decoder, length, start = self.stacks["decoder"], tokens.shape[1], past.start
+        x = self.embeddings(tokens, None, start=start)
+        sight, cross_sight = decoder.sight(length, start=start), Sight()
+        if past.cross_mask is not None:
+            cross_sight = _crossing(tf.repeat(past.cross_mask, length, axis=1))
+        known = {"cross_sight": cross_sight, "caches": past.caches}
+        x = decoder(x, sight=sight, **known, start=start)
+        return x[:, -1], past._replace(start=start + length)
 
 
 def _crossing(mask: tf.Tensor) -> Sight:
     """With a mask under which a query may see nothing."""
-    some = tf.reduce_max(mask, -1, keepdims=True) > UNSEEN
-    return Sight(mask=mask, some=tf.cast(some, mask.dtype))
+    seeing = tf.reduce_max(mask, -1, keepdims=True) > UNSEEN
+    return Sight(mask=mask, seeing=tf.cast(seeing, mask.dtype))
