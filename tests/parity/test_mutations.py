@@ -178,8 +178,8 @@ MUTATIONS = [
     ),
     tensorflow(
         "scores without a scale", "layers.py",
-        "def attend(query, key, value):\n",
-        "def attend(query, key, value):\n        query = query * math.sqrt(width)\n",
+        "def attend(query, key, value, *bias):\n",
+        "def attend(query, key, value, *bias):\n        query = query / scale\n",
         "block 1, attention scores",
     ),
     tensorflow(
