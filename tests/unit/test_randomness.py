@@ -88,6 +88,20 @@ GOLDEN_WORDS = {
 }
 
 
+GOLDEN_WORDS_OF_BOTH = {
+    "encoder residual_rows": "172d350cdb5bd960",
+    "encoder residual_columns": "2a32bdcb48461ea1",
+    "encoder attention_rows": "f264eb75277b4d75",
+    "encoder attention_columns": "6bede8725c07ca3d",
+    "decoder residual_rows": "9e4d6693c6114d31",
+    "decoder residual_columns": "559d7db01fed310c",
+    "decoder attention_rows": "9d20458c9a5e9d64",
+    "decoder attention_columns": "c18e935ea87aa89c",
+    "decoder cross_rows": "d5e4dcd519f0d626",
+    "decoder cross_columns": "328ee1dbe9c60e1f",
+}
+
+
 def test_golden_raw_integers():
     # The Philox integers that everything starts from, and the published splitmix64 stream of
     # seed 0 (its state grows by the golden ratio before each mix).
