@@ -295,7 +295,7 @@ def _preset_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     if name is None:
         return {}
     try:
-        return dict(preset(name).fields)
+        return dict(preset(str(name)).fields)
     except UserError as error:
         raise ValueError(f"model.preset: {error}") from None
 
