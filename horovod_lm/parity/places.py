@@ -12,6 +12,9 @@ _SPECIAL = {
     "norm": "global norm of the gradient",
     "embeddings.sum": "embeddings, sum of tokens and positions",
     "embeddings": "embeddings after dropout",
+    "source_embeddings.sum": "source embeddings, sum of tokens and positions",
+    "source_embeddings": "source embeddings after dropout",
+    "pooled": "pooler output",
 }
 _TAILS = {
     "dropped": "{} probabilities after dropout",
@@ -53,7 +56,9 @@ def layer(name: str) -> str:
 def _split(name: str) -> tuple[str, str]:
     first, _, rest = name.partition(".")
     if first not in ("decoder", "encoder"):
-        return first, rest
+        return {"source_embeddings": "source embeddings", "pooled": "pooler"}.get(
+            first, first
+        ), rest
     stack = "encoder " if first == "encoder" else ""
     second, _, tail = rest.partition(".")
     if second.isdigit():
