@@ -7,6 +7,7 @@ import pytest
 from horovod_lm.config import make_config
 from horovod_lm.errors import UserError
 from horovod_lm.presets import PRESETS, preset
+from horovod_lm.spec import ModelSpec
 
 # Where the publication has the exact number, or released weights that can be counted.
 EXACT = {
@@ -48,7 +49,7 @@ def hugging_face(transformers) -> dict:
              "intermediate_size": 4096}  # fmt: skip
     roberta = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
                "layer_norm_eps": 1e-5}  # fmt: skip
-    new = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    new = {"feed_forward_proj": "gated-gelu"}
     llama = {
         "vocab_size": 49152, "max_position_embeddings": 2048, "hidden_size": 576,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -94,8 +95,11 @@ def test_the_usual_library_has_models_of_the_same_shapes():
         with torch.device("meta"):
             model = kind(config)
         parameters = list(model.parameters())  # each once, where two layers share it
-        assert sum(p.numel() for p in parameters) == preset(name).spec.size + more, name
-        spec = preset(name).spec
+        fields = preset(name).fields
+        if name.startswith("t5-v1.1"):  # theirs is tied until weights are loaded
+            fields = fields | {"tied": True}
+        spec = ModelSpec(**fields)
+        assert sum(p.numel() for p in parameters) == spec.size + more, name
         mine = sorted(sorted(p.shape) for p in spec.parameters if len(p.shape) == 2)
         theirs = sorted(sorted(p.shape) for p in parameters if p.ndim == 2)
         fused = name.startswith("gpt2")  # theirs: query, key and value in one
