@@ -29,6 +29,11 @@ def tracing(as_array: Callable[[Any], np.ndarray]) -> Iterator[dict[str, np.ndar
         _parts.clear()
 
 
+def traced() -> bool:
+    """Whether a forward is traced now."""
+    return _as_array is not None
+
+
 def record(name: str, tensor: Any, block: str | None = None) -> None:
     """Note a copy of `tensor` (or of the next part of it) as `name`, or as `BLOCK.name`, where the
     block is `decoder.0`, say."""
