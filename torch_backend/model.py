@@ -40,10 +40,11 @@ class _ByDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # In rows that are one longer than the distances each row lies one place further right.
+        # Rows that are one longer than there are distances: read as if they were not, each lies one
+        # place further right than the one above, and the last query's is the first.
         heads, queries, keys = gradient.shape
         wide = gradient.new_zeros(heads, queries, queries + keys)
-        wide[:, :, queries - 1 : -1] = gradient
+        wide[:, :, :keys] = gradient.flip(1)
         skewed = wide.flatten(1)[:, :-queries].view(heads, queries, queries + keys - 1)
         return skewed.sum(1), None
 
