@@ -438,7 +438,7 @@ class Attention(nn.Module):
         queries, keys = spec.attention_width, spec.key_value_count * spec.head_width
         self.fused = name == "attention" and queries == keys
         if self.fused:
-            self.qkey_value_kernel = _parameter(precision, spec.width, 3 * queries)
+            self.qkv_kernel = _parameter(precision, spec.width, 3 * queries)
         else:
             self.query_kernel = _parameter(precision, spec.width, queries)
             self.key_value_kernel = _parameter(precision, spec.width, 2 * keys)
@@ -468,8 +468,8 @@ class Attention(nn.Module):
         and receives those of `x`."""
         batch, length, _ = x.shape
         if self.fused:
-            bias = _biases(self.qkey_value_kernel, self.query_bias, self.key_bias, self.value_bias)
-            query, key, value = self._heads(linear(x, self.qkey_value_kernel, bias, self.half), 3)
+            bias = _biases(self.qkv_kernel, self.query_bias, self.key_bias, self.value_bias)
+            query, key, value = self._heads(linear(x, self.qkv_kernel, bias, self.half), 3)
         else:
             query = linear(x, self.query_kernel, self.query_bias, self.half)
             query = self._heads(query, 1)[0]

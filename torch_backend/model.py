@@ -40,10 +40,11 @@ class _ByDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # In rows that are one longer than the distances each row lies one place further right.
+        # Rows that are one longer than there are distances: read as if they were not, each lies one
+        # place further right than the one above, and the last query's is the first.
         heads, queries, keys = gradient.shape
         wide = gradient.new_zeros(heads, queries, queries + keys)
-        wide[:, :, queries - 1 : -1] = gradient
+        wide[:, :, :keys] = gradient.flip(1)
         skewed = wide.flatten(1)[:, :-queries].view(heads, queries, queries + keys - 1)
         return skewed.sum(1), None
 
@@ -178,11 +179,11 @@ class Head(nn.Module):
             x = x * self.spec.output_scale
         if self.transform is not None:
             x = self.transform(x)
-            record("heads.lm.transform", x)
+            record("heads.lm.transform", x.flatten(0, -2))
             x = self.activation(x)
-            record("heads.lm.activation", x)
+            record("heads.lm.activation", x.flatten(0, -2))
             x = self.norm(full(x))
-            record("heads.lm.norm", x)
+            record("heads.lm.norm", x.flatten(0, -2))
         return x
 
 
