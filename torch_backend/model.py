@@ -179,11 +179,11 @@ class Head(nn.Module):
             x = x * self.spec.output_scale
         if self.transform is not None:
             x = self.transform(x)
-            record("heads.lm.transform", x)
+            record("heads.lm.transform", x.flatten(0, -2))
             x = self.activation(x)
-            record("heads.lm.activation", x)
+            record("heads.lm.activation", x.flatten(0, -2))
             x = self.norm(full(x))
-            record("heads.lm.norm", x)
+            record("heads.lm.norm", x.flatten(0, -2))
         return x
 
 
