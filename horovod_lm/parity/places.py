@@ -31,6 +31,8 @@ def words(name: str) -> str:
     place, tail = _split(name)
     if not tail:
         return _plain(place)
+    if tail == "logits":
+        return f"head {place} logits"
     if place == "heads":
         head, _, rest = tail.partition(".")
         return _plain(f"{'output layer' if head == 'lm' else f'head {head}'} {rest}")
@@ -49,8 +51,8 @@ def layer(name: str) -> str:
     """The layer that a site or a parameter belongs to: "embeddings", "block 2", "final norm",
     "pooler", "output", or "all" for the global norm."""
     place, _ = _split(name)
-    outputs = ("heads", "logits", "loss")
-    return "all" if place == "norm" else "output" if place in outputs else place
+    outputs = place in ("heads", "logits", "loss") or name.endswith(".logits")
+    return "all" if place == "norm" else "output" if outputs else place
 
 
 def _split(name: str) -> tuple[str, str]:

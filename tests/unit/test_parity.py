@@ -84,7 +84,7 @@ SPEC = ModelSpec(vocabulary=16, width=16, heads=1, layers=1, context=8)
         ("source_embeddings", "source embeddings after dropout", "source embeddings"),
         ("source_embeddings.norm", "source embeddings, norm", "source embeddings"),
         ("heads.lm.activation", "output layer activation", "output"),
-        ("heads.label.logits", "head label logits", "output"),
+        ("label.logits", "head label logits", "output"),
         ("heads.lm.kernel", "output layer kernel", "output"),
         ("heads.lm.transform.bias", "output layer transform bias", "output"),
         ("heads.label.kernel", "head label kernel", "output"),
