@@ -4,6 +4,7 @@ G heads of keys and values, K head width, F feed-forward width, V vocabulary."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import keras
@@ -79,13 +80,16 @@ class Native(NamedTuple):
 Noise = Words | Native
 
 
-class Sight(NamedTuple):
+@dataclass(frozen=True)
+class Sight:
     """What attention is told in all blocks of a stack: which keys a query sees, and what positions
     do to it. `causal`: none after it, and each row has as many queries as new keys, which then are
     the last ones. `mask` (B, L, M) is 0, or `UNSEEN` where a query does not see a key; `seeing`
     (B, L, 1) is 1, or 0 for a query that sees none, whose probabilities are equal then and have no
     gradient. `bias` (H, L, M) and `mask` are added to scaled scores. `rotary` are cosines and sines
-    (B or 1, 1, L, K / 2) by which queries and new keys are turned."""
+    (B or 1, 1, L, K / 2) by which queries and new keys are turned.
+
+    No named tuple, in which Keras would look for tensors, and refuse it for what is none."""
 
     causal: bool = False
     mask: tf.Tensor | None = None

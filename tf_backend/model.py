@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import keras
@@ -167,7 +168,7 @@ def _recomputed(block: Block, x, sight: Sight, noise, encoded, cross_sight) -> t
         rest = list(rest)
         bias = None if sight.bias is None else rest.pop(0)
         known = rest.pop(0) if rest else None
-        shifted = sight._replace(bias=bias)
+        shifted = replace(sight, bias=bias)
         return block(x, sight=shifted, noise=noise, encoded=known, cross_sight=cross_sight)
 
     return tf.recompute_grad(run)(*given)
