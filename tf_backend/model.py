@@ -211,12 +211,16 @@ class Head(keras.layers.Layer):
             x = x * self.scale
         if self.transform is not None:
             x = self.transform(x)
-            record("heads.lm.transform", x)
-            x = self.activation(full(x))
-            record("heads.lm.activation", x)
-            x = self.norm(x)
-            record("heads.lm.norm", x)
+            record("heads.lm.transform", _rows(x))
+            x = tf.cast(self.activation(full(x)), x.dtype)
+            record("heads.lm.activation", _rows(x))
+            x = self.norm(full(x))
+            record("heads.lm.norm", _rows(x))
         return x
+
+
+def _rows(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [-1, x.shape[-1]])
 
 
 class Past(NamedTuple):

@@ -181,6 +181,38 @@ def test_in_graphs_too(compare, choice):
     compare(spec, micro_batch_of(spec, choice), choice["precision"], choice["recompute"])
 
 
+COMPILED = [choice for choice in CHOICES if choice["precision"] == "fp32"][::6]
+
+
+@pytest.mark.parametrize("choice", COMPILED, ids=name_of)
+def test_compiled_by_xla_too(compare, choice, monkeypatch):
+    monkeypatch.setattr("tf_backend.engine._compiles", lambda settings: True)
+    spec = spec_of(choice)
+    compare(spec, micro_batch_of(spec, choice), "fp32", choice["recompute"])
+
+
+@pytest.mark.parametrize("generator", ["shared", "native"])
+@pytest.mark.parametrize("kind", AXES["kind"])
+def test_recomputing_changes_nothing(backends, kind, generator):
+    """Bit for bit: the same operations on the same numbers."""
+    choice = CHOICES[0] | {"kind": kind, "mask": "packed", "inputs": "segments", "dropout": 0.2}
+    choice |= {"positions": "relative", "loss": "plain"}
+    spec = spec_of(choice)
+    micro = micro_batch_of(spec, choice)
+    for backend, communicator in backends:
+        gradients = []
+        for recompute in (False, True):
+            chosen = EngineSettings(seed=SEED, dropout_generator=generator, recompute=recompute)
+            engine = backend.engine(spec, chosen, communicator)
+            engine.load_state(EngineState(moved_weights(spec, SEED)))
+            with without_graphs():
+                engine.forward_backward(micro, STEP, 1.0)
+                engine.reduce_gradients()
+            gradients.append(engine.gradients())
+        for name, gradient in gradients[0].items():
+            assert np.array_equal(gradients[1][name], gradient), (backend.name, name)
+
+
 LONGER = [choice | {"precision": "fp32"} for choice in CHOICES[4::8]]
 
 
