@@ -203,7 +203,7 @@ def _stack_words(
 ) -> DropoutWords:
     """`kind` is the first of 8 numbers that keep the words of one stack from those of another."""
     layers, position = spec.stacks[stack], np.arange(lengths[stack])
-    cross = stack == "decoder" and "encoder" in spec.stacks
+    cross = spec.attends_to_encoder(stack)
     cells = rows[:, None].astype(np.uint64) * np.uint64(2**20) + position.astype(np.uint64)
     head = np.arange(spec.heads, dtype=np.uint64)[:, None] << np.uint64(52)
 

@@ -262,6 +262,10 @@ class ModelSpec(BaseModel):
             "encoder-decoder": {"encoder": encoder, "decoder": self.layers},
         }[self.kind]
 
+    def attends_to_encoder(self, stack: str) -> bool:
+        """Whether the blocks of a stack have attention to the encoder's output, too."""
+        return stack == "decoder" and self.kind == "encoder-decoder"
+
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """The canonical parameter table, in a fixed order: both backends, checkpoints, sizes and
@@ -344,7 +348,7 @@ def _parameters(spec: ModelSpec) -> list[Parameter]:
         # GPT-2's scaling: each residual branch starts smaller, so that their sum does not grow
         # with depth.
         branch = Initialiser("normal", spec.initial_std / math.sqrt(2 * layers))
-        cross = stack == "decoder" and spec.kind == "encoder-decoder"
+        cross = spec.attends_to_encoder(stack)
         for index in range(layers):
             block = f"{stack}.{index}"
             table += _norm(f"{block}.attention_norm", spec)

@@ -347,6 +347,22 @@ def test_bytes_by_hand():
         "dropout": 3 * 2 * (2 * 8 * 4 + 8),
     }
     assert "dropout" not in bytes_per_token(spec.model_copy(update={"dropout": 0.0}), 4)
+    both = spec.model_copy(
+        update={"kind": "encoder-decoder", "encoder_layers": 2, "gated": True, "segments": 2}
+    )
+    branches = 2 * 2 + 3
+    assert bytes_per_token(both, 4) == {
+        "norms": (branches + 2) * (2 + 3) * 8 * 4,
+        "activations": 3 * (3 + 5) * 16 * 4 + branches * (3 + 3) * 8 * 4,
+        "embedding": 2 * (4 + 3 + 2 * 3) * 8 * 4,
+        "dropout": (branches + 2) * 2 * (2 * 8 * 4 + 8),
+    }
+    bert = spec.model_copy(
+        update={"norm_placement": "post", "positions": "rotary", "head_transform": True}
+    )
+    assert bytes_per_token(bert, 2)["norms"] == 4 * (2 + 3) * 8 * 4
+    assert bytes_per_token(bert, 2)["activations"] == (2 + 3) * (16 + 8) * 2 + 2 * 6 * 8 * 4
+    assert bytes_per_token(bert, 4)["embedding"] == (2 + 1 + 2) * 8 * 4
     assert optimizer_bytes(spec, "adamw") == 4 * spec.size * (1 + 1 + 2 + 2 * 2)
     assert optimizer_bytes(spec, "sgd") == 4 * spec.size * (1 + 1 + 2 + 2 * 1)
 
