@@ -247,8 +247,7 @@ class Engine:
 
     @tf.function(autograph=False)
     def _hidden(self, inputs) -> dict[str, tf.Tensor]:
-        hidden = self.model(inputs)
-        return {**hidden, "pooled": self.model.pooled(hidden)} if self.spec.pooler else hidden
+        return self.model(inputs)
 
     @tf.function(autograph=False)
     def _next_logits(self, tokens, past) -> tf.Tensor:

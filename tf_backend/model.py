@@ -258,7 +258,8 @@ class Transformer(keras.Model):
     def call(
         self, inputs: Mapping[str, tf.Tensor], noise: Mapping[str, Noise] | None = None
     ) -> dict[str, tf.Tensor]:
-        """Hidden states (B, L, D) by stack, no half, of the `inputs` of a micro-batch."""
+        """Hidden states (B, L, D) by stack, no half, of the `inputs` of a micro-batch, and `pooled`
+        where there is a pooler."""
         noise, hidden = noise or {}, {}
         for name, stack in self.stacks.items():
             own = self._own(inputs, name)
@@ -273,6 +274,8 @@ class Transformer(keras.Model):
                 encoded=encoded,
                 cross_sight=cross_sight,
             )
+        if self.pooler is not None:
+            hidden["pooled"] = self.pooled(hidden)
         return hidden
 
     def start(self, inputs: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Past]:
@@ -296,13 +299,10 @@ class Transformer(keras.Model):
         return self._feed(tokens_B[:, None], past)
 
     def pooled(self, hidden: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """What heads over sequences get of the last stack's first tokens, (B, D)."""
-        first = list(hidden.values())[-1][:, 0]
-        if self.pooler is None:
-            return first
-        pooled = tf.tanh(full(self.pooler(first)))
-        record("pooled", pooled)
-        return pooled
+        """What the pooler makes of the last stack's first tokens, (B, D), no half."""
+        x = tf.tanh(full(self.pooler(hidden[list(self.stacks)[-1]][:, 0])))
+        record("pooled", x)
+        return x
 
     def features(
         self,
@@ -312,9 +312,9 @@ class Transformer(keras.Model):
     ) -> tf.Tensor:
         """What a head's product takes: (B, L, D), or (B, P, D) with `positions`, or (B, D) of a
         head over sequences."""
+        x = hidden[list(self.stacks)[-1]]
         if self._over.get(head) == "sequence":
-            return self.head(head)(self.pooled(hidden))
-        x = list(hidden.values())[-1]
+            return self.head(head)(hidden.get("pooled", x[:, 0]))
         if positions_BP is not None:
             x = tf.gather(x, positions_BP, batch_dims=1)
         return self.head(head)(x)

@@ -116,8 +116,6 @@ class Engine:
     def hidden(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the stacks give without dropout, by stack, and `pooled`."""
         hidden = self.model(self._inputs(inputs))
-        if self.spec.pooler:
-            hidden["pooled"] = self.model.pooled(hidden)
         return {name: x.cpu().numpy() for name, x in hidden.items()}
 
     @torch.no_grad()

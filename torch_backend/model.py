@@ -214,7 +214,7 @@ class Transformer(nn.Module):
     def forward(
         self, inputs: Inputs, noise: Mapping[str, Noise] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Hidden states by stack, (B, L, D), no half."""
+        """Hidden states by stack, (B, L, D), no half, and `pooled` where there is a pooler."""
         noise, hidden = noise or {}, {}
         for name in self.spec.stacks:
             encoded = hidden.get("encoder")
@@ -222,6 +222,8 @@ class Transformer(nn.Module):
             x, sight = self._begin(name, inputs, noise.get(name))
             stack = getattr(self, name)
             hidden[name] = stack(x, sight, noise.get(name), encoded, cross_sight)
+        if self.pooler is not None:
+            hidden["pooled"] = self.pooled(hidden)
         return hidden
 
     def start(self, inputs: Inputs) -> tuple[torch.Tensor, Past]:
@@ -255,11 +257,9 @@ class Transformer(nn.Module):
         return x[:, -1], past._replace(start=past.start + 1)
 
     def pooled(self, hidden: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(B, D) of the first place, no half: through the pooler where there is one."""
-        x = hidden[list(self.spec.stacks)[-1]][:, 0]
-        if self.pooler is not None:
-            x = torch.tanh(full(self.pooler(x)))
-            record("pooled", x)
+        """What the pooler makes of the last stack's first tokens, (B, D), no half."""
+        x = torch.tanh(full(self.pooler(hidden[list(self.spec.stacks)[-1]][:, 0])))
+        record("pooled", x)
         return x
 
     def features(
@@ -270,9 +270,9 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """What goes into a head's product: (B, L, D), or (B, P, D) of these positions only; (B, D)
         for a head over sequences."""
-        if any(task.name == head and task.over == "sequence" for task in self.spec.task_heads):
-            return self.head(head)(self.pooled(hidden))
         x = hidden[list(self.spec.stacks)[-1]]
+        if any(task.name == head and task.over == "sequence" for task in self.spec.task_heads):
+            return self.head(head)(hidden.get("pooled", x[:, 0]))
         if positions_BP is not None:
             batch, length, width = x.shape
             first = length * torch.arange(batch, device=x.device)[:, None]

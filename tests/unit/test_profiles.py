@@ -108,7 +108,7 @@ def test_waiting_for_other_ranks_is_communication():
 
 def test_with_a_device_the_host_launches_and_does_not_compute():
     launch = event("aten::mm", 0, 100)
-    inside = scope("_CausalAttention", 100, 300)
+    inside = scope("_Attention", 100, 300)
     softmax = event("aten::_softmax", 120, 180)
     events = [
         launch,
@@ -142,6 +142,8 @@ def test_with_a_device_the_host_launches_and_does_not_compute():
         ("ConcatV2", None, "copies"),
         ("aten::native_layer_norm_backward", None, "norms"),
         ("aten::gelu_backward", None, "activations"),
+        ("aten::silu", None, "activations"),
+        ("Sigmoid", None, "activations"),
         ("Erf", None, "activations"),
         ("aten::add", None, "activations"),
         ("aten::_fused_adamw_", None, "optimizer"),
@@ -166,6 +168,9 @@ def test_the_kind_of_an_operation(name, inside, kind):
         ("transformer_1/decoder.0_1/attention_1", "Softmax", "attention"),
         ("transformer_1/decoder.0_1/attention_1/dropout", "Mul", "attention"),
         ("transformer_1/decoder.3_1/attention_norm_1", "Mean", "norms"),
+        ("transformer_1/decoder_1/3_1/cross_attention_norm_1", "Mean", "norms"),
+        ("transformer_1/decoder_1/3_1/cross_attention_1", "Softmax", "attention"),
+        ("transformer_1/decoder_1/3_1/feed_forward_1/gate_1", "BiasAdd", "matrix products"),
         ("transformer_1/decoder.3_1/dropout_1", "Mul", "dropout"),
         ("transformer_1/decoder.3_1", "AddV2", "activations"),
         ("transformer_1/embeddings_1", "AddV2", "embedding"),
