@@ -26,7 +26,10 @@ from tf_backend.precision import (
 )
 from tf_backend.profiler import scope
 
-ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
+# Query rows of one block of attention. A causal one skips the keys after its last row; where every
+# key is seen there is nothing to skip, and large products were faster up to here.
+ROW_BLOCK = 64
+FREE_ROWS = 512
 UNSEEN = -1e30  # added to scores: finite, so that a query that sees no key gives no NaN
 
 
@@ -186,8 +189,8 @@ def _repeat(x, times: int):
 
 def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
     """Attention of some query rows at a time, so that what they work on stays in the cache, with
-    probabilities kept for the backward. A causal one takes `ROW_BLOCK` rows and never touches the
-    keys after them. All (B H, L or M, K), lengths known when traced.
+    probabilities kept for the backward. A causal one never touches the keys after them. All
+    (B H, L or M, K), lengths known when traced.
 
     With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
@@ -195,7 +198,7 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
     length, keys = query.shape[1], key.shape[1]
     if noise is not None and not isinstance(noise, Native):
         rows, columns = tf.reshape(noise[0], [-1, length]), noise[1]
-    step = ROW_BLOCK if sight.causal else _rows_at_once(length, keys)
+    step = ROW_BLOCK if sight.causal else FREE_ROWS
     blocks = []
     for start in range(0, length, step):
         end = min(start + step, length)
@@ -294,10 +297,6 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
         return output, backward
 
     return attend(query, key, value, *([] if sight.bias is None else [sight.bias]))
-
-
-def _rows_at_once(length: int, keys: int) -> int:
-    return ROW_BLOCK
 
 
 def _padded(x, axis: int, size: int):

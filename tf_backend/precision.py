@@ -53,10 +53,9 @@ def _add_bias(y, bias):
     def backward(gradient):
         # Summed in fp32: TensorFlow's own gradient adds up thousands of rows in a half. This
         # kernel sums columns four times as fast as tf.reduce_sum.
-        total = tf.raw_ops.BiasAddGrad(out_backprop=full(gradient))
-        return gradient, tf.cast(total, bias.dtype)
+        return gradient, tf.raw_ops.BiasAddGrad(out_backprop=full(gradient))
 
-    return tf.nn.bias_add(y, bias), backward
+    return tf.nn.bias_add(y, tf.cast(bias, y.dtype)), backward
 
 
 @scope("linear")
@@ -70,5 +69,5 @@ def linear(
     y = product(tf.reshape(x, [-1, inputs]), kernel, half)
     if bias is not None:
         # As a tensor: eagerly, a custom gradient refuses variables.
-        y = _add_bias(y, cast(tf.convert_to_tensor(bias), half))
+        y = _add_bias(y, tf.convert_to_tensor(bias))
     return tf.reshape(y, shape)

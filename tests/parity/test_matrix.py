@@ -217,7 +217,8 @@ LONGER = [choice | {"precision": "fp32"} for choice in CHOICES[4::8]]
 
 
 @pytest.mark.parametrize("choice", LONGER, ids=name_of)
-def test_longer_than_one_block_of_rows(compare, choice):
+def test_longer_than_one_block_of_rows(compare, choice, monkeypatch):
+    monkeypatch.setattr("tf_backend.layers.FREE_ROWS", 64)
     spec = spec_of(choice, **LONG)
     with without_graphs():
         compare(spec, micro_batch_of(spec, choice), "fp32", choice["recompute"])
