@@ -191,7 +191,7 @@ class _Attention(torch.autograd.Function):
         length, keys = query.shape[1], key.shape[1]
         ctx.scale, ctx.boost, ctx.half, ctx.heads = scale, 1 / (1 - rate), half, heads
         ctx.seeing, ctx.groups = sight.seeing, len(query) // len(key)
-        if isinstance(noise, tuple):
+        if noise is not None and not isinstance(noise, Native):
             rows, columns = noise[0].reshape(-1, length), noise[1]
         name, block = site
         output = torch.empty_like(query)
