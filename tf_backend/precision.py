@@ -68,6 +68,9 @@ def linear(
     shape = tf.concat([tf.shape(x)[:-1], [outputs]], 0)
     y = product(tf.reshape(x, [-1, inputs]), kernel, half)
     if bias is not None:
+        if half is not None:
+            # Else the graph optimizer makes one operation of both, which rounds once and not twice.
+            y = tf.reshape(y, [1, -1, outputs])
         # As a tensor: eagerly, a custom gradient refuses variables.
         y = _add_bias(y, tf.convert_to_tensor(bias))
     return tf.reshape(y, shape)
