@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from horovod_lm.errors import UserError
 from horovod_lm.optimizers import KEYS, OptimizerName
+from horovod_lm.presets import preset
 from horovod_lm.spec import ModelSpec
 
 
@@ -193,7 +194,8 @@ class Launch(_Section):
 
 
 class Config(_Section):
-    """A whole run. `model.vocabulary` follows `data.vocabulary`, so it is not set apart."""
+    """A whole run. `model.vocabulary` follows `data.vocabulary`, so it is not set apart; and
+    `model.preset` names the values that the other keys of `model` have by default."""
 
     name: str = Field(
         "run",
@@ -213,13 +215,16 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_vocabulary(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not isinstance(values.get("data", {}), Mapping):
+    def _plain_model(cls, values: Any) -> Any:
+        """The fields of `model.preset` in its place, and one vocabulary."""
+        if not isinstance(values, Mapping):
             return values
-        model = values.get("model", {})
-        if not isinstance(model, Mapping):
+        model, data = values.get("model", {}), values.get("data", {})
+        if not isinstance(model, Mapping) or not isinstance(data, Mapping):
             return values
-        wanted = values.get("data", {}).get("vocabulary", 8192)
+        fields = _preset_fields(model)
+        usual = fields.pop("vocabulary", 8192)
+        wanted = data.get("vocabulary", usual)
         if not isinstance(wanted, int):
             return values
         if model.get("vocabulary", wanted) != wanted:
@@ -227,7 +232,12 @@ class Config(_Section):
                 f"model.vocabulary = {model['vocabulary']} differs from data.vocabulary = "
                 f"{wanted}; set data.vocabulary alone"
             )
-        return {**values, "model": {**model, "vocabulary": wanted}}
+        own = {key: value for key, value in model.items() if key != "preset"}
+        return {
+            **values,
+            "model": {**fields, **own, "vocabulary": wanted},
+            "data": {**data, "vocabulary": wanted},
+        }
 
     @model_validator(mode="after")
     def _profiled_in_the_run(self) -> Config:
@@ -279,9 +289,20 @@ class Config(_Section):
         return values
 
 
+def _preset_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the fields of the preset that section `model` names, if it does."""
+    name = model.get("preset")
+    if name is None:
+        return {}
+    try:
+        return dict(preset(str(name)).fields)
+    except UserError as error:
+        raise ValueError(f"model.preset: {error}") from None
+
+
 def known_keys() -> list[str]:
     """Every key that a config may have, as `section.key`."""
-    keys = []
+    keys = ["model.preset"]
     for name, info in Config.model_fields.items():
         section = info.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
@@ -312,6 +333,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _override(values, override)
     return make_config(values, str(path), base=path.resolve().parent)
+
+
+def preset_config(name: str, overrides: Iterable[str] = ()) -> Config:
+    """All defaults, but for the model of a preset, with overrides; see `load_config`."""
+    values: dict[str, Any] = {"name": name, "model": {"preset": name}}
+    for override in overrides:
+        _override(values, override)
+    return make_config(values, "--preset")
 
 
 def make_config(values: Mapping[str, Any], where: str, base: Path | None = None) -> Config:
@@ -382,7 +411,13 @@ def _explain(error: ValidationError, where: str) -> list[str]:
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_BOUNDS = {
+    "ge": "at least",
+    "gt": "above",
+    "le": "at most",
+    "lt": "below",
+    "multiple_of": "a multiple of",
+}
 
 
 def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
@@ -391,13 +426,18 @@ def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
     path = []
     for part in location:
         path.append(str(part))
-        info = model.model_fields[str(part)]
+        if isinstance(part, int):  # of a list of tables, which is a list of what `model` is
+            continue
+        info = model.model_fields[part]
         kind: Any = info.annotation
+        if get_origin(kind) is tuple and issubclass(get_args(kind)[0], BaseModel):
+            kind = get_args(kind)[0]
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             break
         model = kind
     else:
-        return ".".join(path), "a section of keys"
+        many = get_origin(info.annotation) is tuple and isinstance(location[-1], str)
+        return ".".join(path), "a list of tables of keys" if many else "a section of keys"
     if get_origin(kind) is Literal:
         return ".".join(path), " or ".join(f'"{value}"' for value in get_args(kind))
     if get_origin(kind) is tuple:
@@ -429,5 +469,7 @@ def to_toml(config: Config) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):  # whose keys are plain names
+        return "{" + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + "}"
     # JSON writes strings, numbers and booleans as TOML reads them, but for this one character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

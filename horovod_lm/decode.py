@@ -33,7 +33,7 @@ def generate(
         )
     count = min(count, context - length)
     randoms = uniforms(philox(seed, "decode"), count * len(prompts)).reshape(count, -1)
-    logits, cache = engine.start(prompts.astype(np.int32))
+    logits, cache = engine.start({"tokens": prompts.astype(np.int32)})
     done = np.zeros(len(prompts), dtype=bool)
     tokens: list[np.ndarray] = []
     for position in range(count):

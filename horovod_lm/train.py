@@ -43,7 +43,7 @@ from horovod_lm.hooks import (
 )
 from horovod_lm.loop import Hook, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
-from horovod_lm.objectives import Objective
+from horovod_lm.objectives import Objective, check_kind
 from horovod_lm.objectives.causal_lm import CausalLM
 from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import STATE, RunRecord, claim, default_folder
@@ -65,6 +65,7 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     """
     if resume and output is None:
         raise UserError("--resume needs the folder of the run: give --output")
+    check_kind(CausalLM(), config.model)
     if output is not None:
         claim_check(output, resume)
     threads = environment.apply(config)

@@ -79,10 +79,14 @@ class NumpyEngine:
         nll, _ = self._nll(micro.inputs["tokens"], loss)
         return {"lm": (float((loss.weights * nll).sum()), float(loss.weights.sum()))}
 
-    def logits(self, inputs):
+    def logits(self, inputs, head="lm"):
         return self.table[inputs["tokens"]].astype(np.float32)
 
-    def start(self, tokens):
+    def hidden(self, inputs):
+        return {"decoder": self.table[inputs["tokens"]].astype(np.float32)}
+
+    def start(self, inputs):
+        tokens = inputs["tokens"]
         return self.next(tokens[:, -1], tokens.shape[1] - 1)
 
     def next(self, tokens, cache):

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from horovod_lm.backend import EngineSettings
-from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
 
 # Read by the imports below: Keras must run on TensorFlow, whatever a user's keras.json says, and
@@ -59,7 +58,7 @@ with _silence(), _without("matplotlib"):
 
 
 class Backend:
-    """See `horovod_lm.backend.Backend`. Kinds of model: decoder."""
+    """See `horovod_lm.backend.Backend`."""
 
     name = "tensorflow"
 
@@ -90,11 +89,6 @@ class Backend:
         self, spec: ModelSpec, settings: EngineSettings, communicator: Communicator
     ) -> Engine:
         """A model with zero weights."""
-        if spec.kind != "decoder":
-            raise UserError(
-                f'model.kind = "{spec.kind}" is not realised by backend tensorflow; '
-                "allowed: decoder"
-            )
         # The one place that chooses a device, of those that `communicator` left visible.
         device = "/GPU:0" if tf.config.get_visible_devices("GPU") else "/CPU:0"
         return Engine(spec, settings, communicator, device)

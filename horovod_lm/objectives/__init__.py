@@ -9,6 +9,8 @@ import numpy as np
 
 from horovod_lm.backend import MicroBatch
 from horovod_lm.data.shards import Tokens
+from horovod_lm.errors import UserError
+from horovod_lm.spec import Kind, ModelSpec
 
 FILLER = -1  # the window number of a row without content, whose weights are 0
 
@@ -16,10 +18,13 @@ FILLER = -1  # the window number of a row without content, whose weights are 0
 class Objective(Protocol):
     """What an objective offers to the batches; the loop knows none by name.
 
-    `loss_names` are the names of the losses in every micro-batch, in order. Windows are (B,)
-    int64 numbers from 0 to `windows(...)` - 1.
+    `name` is for messages; `kinds` are the kinds of models that it can train. `loss_names` are the
+    names of the losses in every micro-batch, in order. Windows are (B,) int64 numbers from 0 to
+    `windows(...)` - 1.
     """
 
+    name: str
+    kinds: tuple[Kind, ...]
     loss_names: tuple[str, ...]
 
     def windows(self, tokens: Tokens, context: int) -> int:
@@ -39,3 +44,12 @@ class Objective(Protocol):
     ) -> MicroBatch:
         """The arrays of `windows`, where `FILLER` makes a row of weight 0; `rows` (B,) int64 are
         their indices in the global batch."""
+
+
+def check_kind(objective: Objective, spec: ModelSpec) -> None:
+    """Raise `UserError` unless `objective` can train models of this kind."""
+    if spec.kind not in objective.kinds:
+        raise UserError(
+            f'model.kind = "{spec.kind}" can\'t be trained by {objective.name}; allowed: '
+            f"{', '.join(objective.kinds)}"
+        )

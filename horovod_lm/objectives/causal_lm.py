@@ -9,6 +9,7 @@ import numpy as np
 from horovod_lm.backend import Loss, MicroBatch
 from horovod_lm.data.shards import Tokens
 from horovod_lm.objectives import FILLER
+from horovod_lm.spec import Kind
 
 
 class CausalLM:
@@ -17,6 +18,8 @@ class CausalLM:
     one window. The last window may be shorter: it is padded with token 0, with weight 0.
     """
 
+    name = "causal language modelling"
+    kinds: tuple[Kind, ...] = ("decoder",)  # an encoder would see the token that it predicts
     loss_names: tuple[str, ...] = ("lm",)
 
     def windows(self, tokens: Tokens, context: int) -> int:

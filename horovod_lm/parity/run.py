@@ -138,7 +138,8 @@ def make_engines(
 def batch(config: Config, prepared: Prepared, rows: int) -> list[MicroBatch]:
     """`rows` windows of the training text in two micro-batches. Targets weigh 0, 1/2 or 1, by
     chance, and less in the first micro-batch: who ignores weights, or takes a mean over a
-    micro-batch, gets another loss and other gradients."""
+    micro-batch, gets another loss and other gradients. What else a model takes is made of the same
+    windows (`more_inputs`)."""
     batches = Batches(
         prepared.train,
         CausalLM(),
@@ -159,9 +160,33 @@ def batch(config: Config, prepared: Prepared, rows: int) -> list[MicroBatch]:
         weights.append(old * new.reshape(old.shape).astype(np.float32))
     normaliser = float(sum(array.sum(dtype=np.float64) for array in weights))
     return [
-        replace(micro, losses=(replace(micro.losses[0], weights=array, normaliser=normaliser),))
+        replace(
+            micro,
+            inputs=more_inputs(config.model, micro.inputs),
+            losses=(replace(micro.losses[0], weights=array, normaliser=normaliser),),
+        )
         for micro, array in zip(micros, weights, strict=True)
     ]
+
+
+def more_inputs(spec: ModelSpec, inputs: Tensors) -> Tensors:
+    """`inputs` of a decoder with what a model of `spec` takes beside them: to an encoder, each row
+    ends in padding; an encoder-decoder reads the tokens backwards; segments change in the middle of
+    a row."""
+    tokens = inputs["tokens"]
+    length = tokens.shape[1]
+    place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    padded = (place < length - length // 4).astype(np.int32)
+    segments = place * min(2, spec.segments) // length
+    more: dict[str, np.ndarray] = {}
+    if spec.kind == "encoder-decoder":
+        backwards = np.ascontiguousarray(tokens[:, ::-1])
+        more |= {"source": backwards, "source_blocks": padded, "source_segments": segments}
+    elif spec.kind == "encoder":
+        more["blocks"] = padded
+    more["segments"] = segments
+    names = [name for name in more if spec.segments or not name.endswith("segments")]
+    return {**inputs, **{name: more[name] for name in names}}
 
 
 def moved_weights(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from horovod_lm.config import Config, known_keys, load_config, make_config, to_toml
 from horovod_lm.errors import UserError
+from horovod_lm.presets import preset
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -30,6 +31,37 @@ def test_defaults_and_sections(tmp_path):
     assert config.train.steps == 7
     assert config.model.vocabulary == config.data.vocabulary == 999
     assert config.optimizer == Config().optimizer
+
+
+def test_a_preset_is_the_default_of_its_model(tmp_path):
+    config = load_config(write(tmp_path, "[model]\npreset = 'bert-base'\nlayers = 3"))
+    base = preset("bert-base").spec
+    assert config.model == base.model_copy(update={"layers": 3})
+    assert config.data.vocabulary == config.model.vocabulary == 30522
+    text = to_toml(config)
+    assert "preset" not in text and 'kind = "encoder"' in text
+    assert load_config(write(tmp_path, text)) == config
+
+
+def test_a_vocabulary_that_is_given_wins_over_the_presets(tmp_path):
+    path = write(tmp_path, "[model]\npreset = 'gpt2'\n[data]\nvocabulary = 900")
+    config = load_config(path)
+    assert config.data.vocabulary == config.model.vocabulary == 900
+    assert config.model.width == 768
+    config = load_config(path, ["data.vocabulary=901", "model.preset=t5-small", "model.heads=4"])
+    assert config.model.vocabulary == 901
+    assert (config.model.kind, config.model.heads) == ("encoder-decoder", 4)
+    with pytest.raises(UserError, match=r"model\.vocabulary = 50257 differs from"):
+        load_config(path, ["model.vocabulary=50257"])
+
+
+def test_task_heads_are_read_back(tmp_path):
+    text = "[model]\n[[model.task_heads]]\nname = 'label'\noutputs = 3\n"
+    config = load_config(write(tmp_path, text + "[[model.task_heads]]\nname = 'b'\noutputs = 2"))
+    assert [(h.name, h.outputs, h.over) for h in config.model.task_heads] == [
+        ("label", 3, "sequence"), ("b", 2, "sequence"),
+    ]  # fmt: skip
+    assert load_config(write(tmp_path, to_toml(config))) == config
 
 
 def test_a_whole_number_will_do_for_a_real_one(tmp_path):
@@ -69,6 +101,11 @@ def test_a_whole_number_will_do_for_a_real_one(tmp_path):
         ("[model]\nvocabulary = 300", "model.vocabulary = 300 differs from data.vocabulary = 8192"),
         ("[model]\nwidth = 30\nheads = 4", "does not divide width = 30; use heads = 2 or 3 or 5"),
         ("[loss_scale]\ninitial = 0.5", "minimum = 1, initial = 0.5 and maximum = 1.67772e+07"),
+        (
+            "[model]\npreset = 'bert-bsae'",
+            'model.preset: there is no preset "bert-bsae"; known: transformer-base, ',
+        ),
+        ("[model]\npreset = 3", "model.preset: there is no preset"),
         ("steps", "is not valid TOML: "),
         ("[train]\nsteps = 3\nsteps = 4", "is not valid TOML: "),
     ],
