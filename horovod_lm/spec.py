@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -200,6 +200,12 @@ class ModelSpec(BaseModel):
         if self.pooler and self.kind != "encoder":
             return f'pooler = true needs kind = "encoder", not "{self.kind}"'
         return None
+
+    def model_copy(self, **changes: Any) -> ModelSpec:
+        """As pydantic's, without the table of parameters that the copied spec has made."""
+        copy = super().model_copy(**changes)
+        copy.__dict__.pop("parameters", None)
+        return copy
 
     @property
     def head_width(self) -> int:

@@ -473,3 +473,9 @@ def test_alibi_slopes_by_hand():
     expected = [2.0**-i for i in range(1, 9)] + [2.0 ** (-i / 2) for i in (1, 3, 5, 7)]
     np.testing.assert_allclose(alibi_slopes(12), expected, rtol=1e-7)
     assert alibi_slopes(1).tolist() == [2.0**-8]
+
+
+def test_a_changed_copy_has_parameters_of_its_own():
+    spec = ModelSpec(**TINY)
+    assert spec.size
+    assert spec.model_copy(update={"layers": 3}).size == ModelSpec(**{**TINY, "layers": 3}).size
