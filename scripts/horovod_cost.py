@@ -69,7 +69,7 @@ def torch_steps() -> dict[str, Callable[[], object]]:
             if by_hand:
                 gradients = [p.grad for p in net.parameters()]
                 flat = torch.cat([g.reshape(-1) for g in gradients])
-                hvd.allreduce_(flat, op=hvd.Average, name="torch by hand")
+                hvd.allreduce_(flat, op=hvd.Average, name="torch_by_hand")
                 parts = flat.split([g.numel() for g in gradients])
                 for parameter, part in zip(net.parameters(), parts, strict=True):
                     parameter.grad = part.view_as(parameter)
@@ -114,7 +114,7 @@ def keras_steps() -> dict[str, Callable[[], object]]:
             gradients = tape.gradient(loss, variables)
             if by_hand:
                 flat = tf.concat([tf.reshape(g, [-1]) for g in gradients], 0)
-                flat = hvd.allreduce(flat, op=hvd.Average, name="keras by hand")
+                flat = hvd.allreduce(flat, op=hvd.Average, name="keras_by_hand")
                 parts = tf.split(flat, [v.shape.num_elements() for v in variables])
                 gradients = [tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]
             optimizer.apply(gradients, variables)

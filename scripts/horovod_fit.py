@@ -81,7 +81,8 @@ def fitted(kind: str, policy: str, optimizer: Any, part: tuple[int, int]) -> lis
     )
     model.fit(inputs, targets, batch_size=BATCH // count, shuffle=False, verbose=0)
     plain = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    return [v.numpy().astype("float64") for v in (*model.weights, *plain.variables)]
+    moments = [v for v in plain.variables if v.shape]
+    return [v.numpy().astype("float64") for v in (*model.weights, *moments)]
 
 
 def distance(these: list[Any], those: list[Any], start: list[Any]) -> float:

@@ -43,8 +43,11 @@ class Source:
         file.write_text(text.replace(anchor, replacement), encoding="utf-8")
 
     def add(self, path: str, text: str) -> None:
-        """Writes a file of ours at `path`. Raises MendError if the source has one there already."""
+        """Writes a file of ours at `path`. Raises MendError if the source has one there already, or
+        lacks the folder."""
         file = self.root / path
+        if not file.parent.is_dir():
+            raise MendError(f"{Path(path).parent} is not in this source")
         if file.exists():
             raise MendError(f"{path} is in this source already")
         file.write_text(text, encoding="utf-8")

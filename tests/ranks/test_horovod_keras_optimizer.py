@@ -681,7 +681,9 @@ def test_two_ranks_are_one(mended, check):
 @pytest.mark.parametrize("mend", MENDS)
 def test_without_the_mend(launcher, mend, tmp_path):
     path = package(tmp_path / "package", undone=[mend])
-    checks = [*CHECKS, OPTIMIZERS[launcher].__name__] if mend == MENDS[0] else ["saves_as_it_was"]
+    checks = ["saves_as_it_was"]
+    if mend == MENDS[0]:  # over Gloo one of them says enough
+        checks = [*CHECKS, "every_optimizer"] if launcher == "mpi" else ["ways_to_apply"]
     folder = tmp_path / "job"
     folder.mkdir()
     results, output = run_checks(
