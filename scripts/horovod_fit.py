@@ -7,9 +7,9 @@ For every optimizer that Keras ships, under float32, mixed_float16 and mixed_bfl
 convolutional net and a Transformer block are fitted with hvd.DistributedOptimizer on two ranks,
 each with its half of every batch, and with the plain optimizer on all of it. Printed is the largest
 distance of a weight or a moment, over the tensors, as a share of the largest change of that tensor
-in training; in brackets, of the halves, that of one rank's weights from float32: what rounding alone does.
-The weights and moments of the two ranks must be the same bit for bit. `--mends` takes the mends of
-this checkout, without a build. A table of all takes about ten minutes on two cores.
+in training; in brackets, of the halves, that of one rank's weights from float32: what rounding
+alone does. The weights and moments of the two ranks must be the same bit for bit. `--mends` takes
+the mends of this checkout, without a build. A table of all takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
