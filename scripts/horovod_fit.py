@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ def work(folder: Path) -> None:
                     }
                 )
         if hvd.rank() == 0:
-            (folder / "lines.json").write_text(json.dumps(lines))
+            (folder / "result.json").write_text(json.dumps(lines))
 
 
 def show(lines: list[dict[str, Any]]) -> None:
@@ -178,28 +177,18 @@ def main() -> int:
     parser.add_argument("--mends", action="store_true", help="those of this checkout")
     parser.add_argument("--only", nargs="+", default=[], metavar="OPTIMIZER")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="horovod-fit-") as name:
-        folder = Path(name)
-        try:
-            path = ranks.package(folder / "package") if options.mends else None
-        except BuildError as error:
-            print(error, file=sys.stderr)
-            return 1
-        env = {"FIT_ONLY": json.dumps(options.only)}
-        _, said = ranks.run_checks(
-            options.launcher, __file__, ["work"], folder, path=path, seconds=3600, env=env
-        )
-        file = folder / "lines.json"
-        if not said.startswith("exit code 0\n") or not file.exists():
-            print(f"The job failed: {said}", file=sys.stderr)
-            return 1
-        lines = json.loads(file.read_text())
+    env = {"FIT_ONLY": json.dumps(options.only)}
+    try:
+        lines = ranks.measured(__file__, options.launcher, mends=options.mends, env=env)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
     show(lines)
     return 0 if all(line["alike"] for line in lines) else 3
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["work"]:  # a rank, see ranks.run_checks
+    if sys.argv[2:] == ["work"]:  # a rank, see ranks.measured
         work(Path(sys.argv[1]))
         sys.exit()
     sys.exit(main())

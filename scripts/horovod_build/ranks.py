@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from horovod_build.cache import cache_root
 from horovod_build.facts import SDIST, SDIST_SHA256, VERSION, BuildError
@@ -68,6 +69,22 @@ def run_checks(
         results.append(dict(map(json.loads, lines.open())) if lines.exists() else {})
     what = "hang" if ended.returncode in (124, 137) else f"exit code {ended.returncode}"
     return results, f"{what}\n{ended.stdout[-5000:]}"
+
+
+def measured(file: str, launcher: str, *, mends: bool, env: Mapping[str, str]) -> Any:
+    """What rank 0 of a job of two puts into FOLDER/result.json. The ranks run `file FOLDER work`
+    with the installed package, or with the `mends` of this checkout.
+
+    Raises BuildError if the job fails, or if Horovod's source can't be had.
+    """
+    with tempfile.TemporaryDirectory(prefix="horovod-measured-") as name:
+        folder = Path(name)
+        path = package(folder / "package") if mends else None
+        _, said = run_checks(launcher, file, ["work"], folder, path=path, seconds=3600, env=env)
+        result = folder / "result.json"
+        if not said.startswith("exit code 0\n") or not result.exists():
+            raise BuildError(f"The job failed: {said}")
+        return json.loads(result.read_text())
 
 
 def environment(path: Path | None = None) -> dict[str, str]:

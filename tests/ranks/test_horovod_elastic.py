@@ -26,7 +26,7 @@ import pytest
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import BIN, LAUNCHERS, ROOT, main, package, run_checks
+from tests.ranks.mended import BIN, LAUNCHERS, ROOT, Jobs, main, package
 
 MENDS = {
     "python/keras3_elastic": ["keras_states_sync", "built_on_rank_0", "loss_scale", "restores"],
@@ -581,32 +581,26 @@ def _processes(folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def mended(tmp_path_factory) -> Path:
-    return package(tmp_path_factory.mktemp("mended"))
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_states(launcher, mended, tmp_path):
-    results, output = run_checks(launcher, __file__, list(CHECKS), tmp_path, path=mended)
-    assert results == [dict.fromkeys(CHECKS)] * 2, output
-
-
-@pytest.fixture(scope="module")
-def undone(tmp_path_factory) -> Path:
-    return package(tmp_path_factory.mktemp("undone"), undone=MENDS)
+def test_states(jobs, launcher):
+    for check in CHECKS:
+        jobs(launcher, list(CHECKS)).passed(check)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_states_without_the_mends(launcher, undone, tmp_path):
+def test_states_without_the_mends(jobs, launcher):
     names = [name for of_mend in MENDS.values() for name in of_mend]
-    env = {"CHECK_SECONDS": "30"}
-    results, output = run_checks(launcher, __file__, names, tmp_path, path=undone, env=env)
+    job = jobs(launcher, names, undone=MENDS, check_seconds=30)
     for name in names:
-        assert any(result.get(name) for result in results), f"{name} passed\n{output}"
+        job.failed(name)
 
 
-def test_workers_killed_and_added(mended, tmp_path):
-    results, output = _job(tmp_path, mended)
+def test_workers_killed_and_added(tmp_path):
+    results, output = _job(tmp_path, package(tmp_path / "package"))
     assert output.startswith("exit code 0, 0 left\n"), output
     assert len(results) == 3, output
     for result in results:
