@@ -106,15 +106,23 @@ def environment(path: Path | None = None) -> dict[str, str]:
     }
 
 
-def end_processes_with(word: str) -> list[int]:
-    """Ends the processes, other than this one, that have `word` in their command line."""
+def processes_with(word: str) -> list[int]:
+    """The processes, other than this one, that have `word` in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with suppress(OSError):
+            with suppress(OSError):  # it has ended
                 if word.encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
                     found.append(int(entry.name))
+    return found
+
+
+def end_processes_with(word: str) -> list[int]:
+    """Ends `processes_with(word)`, and returns them."""
+    found = processes_with(word)
+    for number in found:
+        with suppress(OSError):
+            os.kill(number, signal.SIGKILL)
     return found
 
 

@@ -20,9 +20,28 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from horovod_build import ranks
 from horovod_build.facts import BuildError
-from horovod_build.ranks import BIN, LAUNCHERS, ROOT, main, run_checks
+from horovod_build.ranks import (
+    BIN,
+    LAUNCHERS,
+    end_processes_with,
+    environment,
+    main,
+    processes_with,
+    run_checks,
+)
 
-__all__ = ["BIN", "LAUNCHERS", "ROOT", "Job", "Jobs", "folder_of_job", "main", "package"]
+__all__ = [
+    "BIN",
+    "LAUNCHERS",
+    "Job",
+    "Jobs",
+    "end_processes_with",
+    "environment",
+    "folder_of_job",
+    "main",
+    "package",
+    "processes_with",
+]
 
 Errors = list[dict[str, str | None]]  # for each rank, what each check that ended raised, or None
 

@@ -26,7 +26,16 @@ import pytest
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import BIN, LAUNCHERS, ROOT, Jobs, main, package
+from tests.ranks.mended import (
+    BIN,
+    LAUNCHERS,
+    Jobs,
+    end_processes_with,
+    environment,
+    main,
+    package,
+    processes_with,
+)
 
 MENDS = {
     "python/keras3_elastic": ["keras_states_sync", "built_on_rank_0", "loss_scale", "restores"],
@@ -535,19 +544,9 @@ def _job(
     command = [str(BIN / "horovodrun"), "-np", "2", "--max-np", "3", *options]
     command += ["--host-discovery-script", str(script)]
     command += [sys.executable, file, "job", str(folder), *arguments]
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{path}{os.pathsep}{ROOT}",
-        "LD_LIBRARY_PATH": str(BIN.parent / "lib"),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HOROVOD_CYCLE_TIME": "1",
-    }
     limited = ["timeout", "--kill-after", "5", str(seconds), *command]
     ended = subprocess.run(
-        limited, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        limited, env=environment(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
     left = _left_behind(folder)
@@ -557,24 +556,9 @@ def _job(
 def _left_behind(folder: Path) -> int:
     """How many processes of the job are there 10 seconds after its end; ends them."""
     until = time.monotonic() + 10
-    while pids := _processes(folder):
-        if time.monotonic() > until:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-            break
+    while processes_with(str(folder)) and time.monotonic() < until:
         time.sleep(0.1)
-    return len(pids)
-
-
-def _processes(folder: Path) -> list[int]:
-    pids = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in file.read_bytes():
-                pids.append(int(file.parent.name))
-        except OSError:  # it has ended
-            continue
-    return pids
+    return len(end_processes_with(str(folder)))
 
 
 # ---------------------------------------------------------------------------- the tests

@@ -84,7 +84,7 @@ ROLES = {role.__name__: role for role in (fail, killed, lost, sleep)}
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    from tests.ranks import mended
+    from tests.ranks import mended  # not in the ranks, which find Horovod alone
 
     @cache
     def made(undone: str | None = None) -> Path:
@@ -101,20 +101,12 @@ def started(
     """horovodrun in a process group of its own, with the package at `path`, and `more` on the path;
     in the end all of the job's processes are killed. Ranks are bound as horovodrun does it, or may
     be more than there are cores if `binding` is given."""
+    from tests.ranks import mended
+
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = {
-        **os.environ,
-        MARKER: marker,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(str(p) for p in (path, more) if p is not None),
-        # Horovod finds its MPI by its own place, which a link in `path` hides.
-        "LD_LIBRARY_PATH": f"{sys.prefix}/lib{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = mended.environment(path)
+    environment[MARKER] = marker
+    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in (path, more) if p is not None)
     given = "--binding-args=--bind-to none --map-by slot:OVERSUBSCRIBE"
     slots = [given] * (launcher == "mpi" and binding)
     job = subprocess.Popen(
