@@ -29,6 +29,9 @@ from horovod_build.mending import apply_mends, digest_of, load_mends
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+# Where mpirun keeps its session, in a folder named after its process's number. One that was killed
+# leaves it behind, and a later one of that number fails: https://github.com/openpmix/openpmix/issues/4022
+OPEN_MPI_SESSION = "PRTE_MCA_prte_local_tmpdir_base"
 LAUNCHERS = {
     "mpi": [str(BIN / "mpirun"), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-np"],
     "gloo": [str(BIN / "horovodrun"), "--gloo", "-np"],
@@ -52,17 +55,18 @@ def run_checks(
     rank is left behind."""
     command = [*LAUNCHERS[launcher], str(ranks), sys.executable, file, str(folder), *names]
     limited = ["timeout", "--kill-after", "5", str(seconds), *command]
-    try:
-        ended = subprocess.run(
-            limited,
-            env={**environment(path), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    finally:
-        end_processes_with(str(folder))
+    with tempfile.TemporaryDirectory(prefix="mpirun-", ignore_cleanup_errors=True) as session:
+        try:
+            ended = subprocess.run(
+                limited,
+                env={**environment(path), OPEN_MPI_SESSION: session, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        finally:
+            end_processes_with(str(folder))
     results = []
     for rank in range(ranks):
         lines = folder / f"rank-{rank}.jsonl"
