@@ -13,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -31,6 +33,10 @@ MARKER = "HOROVOD_LM_JOB"
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "HOROVOD_RANK", "SLURM_PROCID")
 _PASSING_ON = ("prterun", "mpirun")  # launchers that pass signals on to ranks elsewhere
 _EXIT_CODES = (1, 2, 3, 75, 130)
+# Where mpirun keeps the folder of its session, which it names after its process's number. One that
+# was killed leaves it behind, and any later mpirun of that number fails ("The PMIx server's
+# listener thread failed to start", https://github.com/openpmix/openpmix/issues/4022).
+_SESSION_PLACES = ("PRTE_MCA_prte_local_tmpdir_base", "PRTE_MCA_prte_tmpdir_base")
 
 
 def launch_command(
@@ -142,11 +148,22 @@ def _name(process: psutil.Process) -> str:
 
 
 def kill_all(marker: str, patience: float = 10.0) -> None:
-    """End every process that carries the marker, stopped ones too, at once."""
+    """End every process that carries the marker, stopped ones too, at once, and remove what their
+    launchers have left in the folder for temporary files."""
     end = time.monotonic() + patience
     while (alive := members(marker)) and time.monotonic() < end:
         _send(alive, signal.SIGKILL)  # a stopped process dies of it as well
         time.sleep(0.05)
+    shutil.rmtree(_session_place(marker), ignore_errors=True)
+    driver, _, job = marker.partition("/")
+    with suppress(OSError):  # its other jobs may have theirs there
+        if job:
+            _session_place(driver).rmdir()
+
+
+def _session_place(marker: str) -> Path:
+    """A folder of a job's own for the session of its mpirun."""
+    return Path(tempfile.gettempdir(), f"horovod-lm-{marker}")
 
 
 class Job:
@@ -166,12 +183,17 @@ class Job:
     def start(self, arguments: Sequence[str], env: Mapping[str, str], log_file: Path) -> None:
         """Start the launcher with its output in `log_file`. Raises `UserError` if it can't be."""
         self.log_file = log_file
+        env = {**env, MARKER: self.marker}
+        place = _session_place(self.marker)
         log: IO[bytes]
         try:
+            if not any(name in env for name in _SESSION_PLACES):
+                place.mkdir(mode=0o700, parents=True, exist_ok=True)
+                env[_SESSION_PLACES[0]] = str(place)
             with log_file.open("wb") as log:
                 self.process = subprocess.Popen(
                     list(arguments),
-                    env={**env, MARKER: self.marker},
+                    env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

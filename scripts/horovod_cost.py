@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +145,7 @@ def work(folder: Path, rounds: int) -> None:
             steps[name]()
             times[name].append(time.perf_counter() - begin)
     if hvd.rank() == 0:
-        (folder / "times.json").write_text(json.dumps(times))
+        (folder / "result.json").write_text(json.dumps(times))
 
 
 def main() -> int:
@@ -156,22 +156,12 @@ def main() -> int:
     parser.add_argument("--launcher", choices=list(ranks.LAUNCHERS), default="mpi")
     parser.add_argument("--mends", action="store_true", help="those of this checkout")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="horovod-cost-") as name:
-        folder = Path(name)
-        try:
-            path = ranks.package(folder / "package") if options.mends else None
-        except BuildError as error:
-            print(error, file=sys.stderr)
-            return 1
-        env = {"COST_ROUNDS": str(options.rounds), "HOROVOD_CYCLE_TIME": "5"}
-        _, said = ranks.run_checks(
-            options.launcher, __file__, ["work"], folder, path=path, seconds=600, env=env
-        )
-        file = folder / "times.json"
-        if not file.exists():
-            print(f"The job failed: {said}", file=sys.stderr)
-            return 1
-        times = json.loads(file.read_text())
+    env = {"COST_ROUNDS": str(options.rounds), "HOROVOD_CYCLE_TIME": "5"}
+    try:
+        times = ranks.measured(__file__, options.launcher, mends=options.mends, env=env)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
     for kind, values in times.items():
         print(f"{kind:32} {1000 * median(values)[0]:7.2f} ms")
     for first, second in RATIOS:
@@ -181,9 +171,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["work"]:  # a rank, see ranks.run_checks
-        import os
-
+    if sys.argv[2:] == ["work"]:  # a rank, see ranks.measured
         work(Path(sys.argv[1]), int(os.environ["COST_ROUNDS"]))
         sys.exit()
     sys.exit(main())

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from horovod_build.cache import cache_root
 from horovod_build.facts import SDIST, SDIST_SHA256, VERSION, BuildError
@@ -28,6 +29,9 @@ from horovod_build.mending import apply_mends, digest_of, load_mends
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+# Where mpirun keeps its session, in a folder named after its process's number. One that was killed
+# leaves it behind, and a later one of that number fails: https://github.com/openpmix/openpmix/issues/4022
+OPEN_MPI_SESSION = "PRTE_MCA_prte_local_tmpdir_base"
 LAUNCHERS = {
     "mpi": [str(BIN / "mpirun"), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-np"],
     "gloo": [str(BIN / "horovodrun"), "--gloo", "-np"],
@@ -51,23 +55,40 @@ def run_checks(
     rank is left behind."""
     command = [*LAUNCHERS[launcher], str(ranks), sys.executable, file, str(folder), *names]
     limited = ["timeout", "--kill-after", "5", str(seconds), *command]
-    try:
-        ended = subprocess.run(
-            limited,
-            env={**environment(path), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    finally:
-        end_processes_with(str(folder))
+    with tempfile.TemporaryDirectory(prefix="mpirun-", ignore_cleanup_errors=True) as session:
+        try:
+            ended = subprocess.run(
+                limited,
+                env={**environment(path), OPEN_MPI_SESSION: session, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        finally:
+            end_processes_with(str(folder))
     results = []
     for rank in range(ranks):
         lines = folder / f"rank-{rank}.jsonl"
         results.append(dict(map(json.loads, lines.open())) if lines.exists() else {})
     what = "hang" if ended.returncode in (124, 137) else f"exit code {ended.returncode}"
     return results, f"{what}\n{ended.stdout[-5000:]}"
+
+
+def measured(file: str, launcher: str, *, mends: bool, env: Mapping[str, str]) -> Any:
+    """What rank 0 of a job of two puts into FOLDER/result.json. The ranks run `file FOLDER work`
+    with the installed package, or with the `mends` of this checkout.
+
+    Raises BuildError if the job fails, or if Horovod's source can't be had.
+    """
+    with tempfile.TemporaryDirectory(prefix="horovod-measured-") as name:
+        folder = Path(name)
+        path = package(folder / "package") if mends else None
+        _, said = run_checks(launcher, file, ["work"], folder, path=path, seconds=3600, env=env)
+        result = folder / "result.json"
+        if not said.startswith("exit code 0\n") or not result.exists():
+            raise BuildError(f"The job failed: {said}")
+        return json.loads(result.read_text())
 
 
 def environment(path: Path | None = None) -> dict[str, str]:
@@ -89,15 +110,23 @@ def environment(path: Path | None = None) -> dict[str, str]:
     }
 
 
-def end_processes_with(word: str) -> list[int]:
-    """Ends the processes, other than this one, that have `word` in their command line."""
+def processes_with(word: str) -> list[int]:
+    """The processes, other than this one, that have `word` in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with suppress(OSError):
+            with suppress(OSError):  # it has ended
                 if word.encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
                     found.append(int(entry.name))
+    return found
+
+
+def end_processes_with(word: str) -> list[int]:
+    """Ends `processes_with(word)`, and returns them."""
+    found = processes_with(word)
+    for number in found:
+        with suppress(OSError):
+            os.kill(number, signal.SIGKILL)
     return found
 
 

@@ -28,6 +28,7 @@ from horovod_build.facts import (
 from horovod_build.mending import apply_mends, digest_of, load_mends
 from horovod_build.processes import run_logged
 from horovod_build.progress import Progress, compiled_percent
+from horovod_build.ranks import OPEN_MPI_SESSION
 
 BUILD_LIMIT = 3600.0  # seconds; a build takes 2 to 6 minutes
 SMOKE_LIMIT = 120.0  # seconds; a smoke test takes 5 to 15
@@ -191,7 +192,7 @@ class Builder:
         )
         # This job is the build's own, so that root may run it without having said so to Open MPI.
         self.env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        self.env |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
+        self.env |= {"OMPI_MCA_mpi_yield_when_idle": "1", OPEN_MPI_SESSION: str(self.folder)}
         frameworks = [name for name, version in self.facts.frameworks.items() if version]
         program = [sys.executable, str(SMOKE), *frameworks]
         launchers = {

@@ -26,7 +26,16 @@ import pytest
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import BIN, LAUNCHERS, ROOT, main, package, run_checks
+from tests.ranks.mended import (
+    BIN,
+    LAUNCHERS,
+    Jobs,
+    end_processes_with,
+    environment,
+    main,
+    package,
+    processes_with,
+)
 
 MENDS = {
     "python/keras3_elastic": ["keras_states_sync", "built_on_rank_0", "loss_scale", "restores"],
@@ -535,19 +544,9 @@ def _job(
     command = [str(BIN / "horovodrun"), "-np", "2", "--max-np", "3", *options]
     command += ["--host-discovery-script", str(script)]
     command += [sys.executable, file, "job", str(folder), *arguments]
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": f"{path}{os.pathsep}{ROOT}",
-        "LD_LIBRARY_PATH": str(BIN.parent / "lib"),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HOROVOD_CYCLE_TIME": "1",
-    }
     limited = ["timeout", "--kill-after", "5", str(seconds), *command]
     ended = subprocess.run(
-        limited, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        limited, env=environment(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
     left = _left_behind(folder)
@@ -557,56 +556,35 @@ def _job(
 def _left_behind(folder: Path) -> int:
     """How many processes of the job are there 10 seconds after its end; ends them."""
     until = time.monotonic() + 10
-    while pids := _processes(folder):
-        if time.monotonic() > until:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-            break
+    while processes_with(str(folder)) and time.monotonic() < until:
         time.sleep(0.1)
-    return len(pids)
-
-
-def _processes(folder: Path) -> list[int]:
-    pids = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(folder).encode() in file.read_bytes():
-                pids.append(int(file.parent.name))
-        except OSError:  # it has ended
-            continue
-    return pids
+    return len(end_processes_with(str(folder)))
 
 
 # ---------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
-def mended(tmp_path_factory) -> Path:
-    return package(tmp_path_factory.mktemp("mended"))
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_states(launcher, mended, tmp_path):
-    results, output = run_checks(launcher, __file__, list(CHECKS), tmp_path, path=mended)
-    assert results == [dict.fromkeys(CHECKS)] * 2, output
-
-
-@pytest.fixture(scope="module")
-def undone(tmp_path_factory) -> Path:
-    return package(tmp_path_factory.mktemp("undone"), undone=MENDS)
+def test_states(jobs, launcher):
+    for check in CHECKS:
+        jobs(launcher, list(CHECKS)).passed(check)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_states_without_the_mends(launcher, undone, tmp_path):
+def test_states_without_the_mends(jobs, launcher):
     names = [name for of_mend in MENDS.values() for name in of_mend]
-    env = {"CHECK_SECONDS": "30"}
-    results, output = run_checks(launcher, __file__, names, tmp_path, path=undone, env=env)
+    job = jobs(launcher, names, undone=MENDS, check_seconds=30)
     for name in names:
-        assert any(result.get(name) for result in results), f"{name} passed\n{output}"
+        job.failed(name)
 
 
-def test_workers_killed_and_added(mended, tmp_path):
-    results, output = _job(tmp_path, mended)
+def test_workers_killed_and_added(tmp_path):
+    results, output = _job(tmp_path, package(tmp_path / "package"))
     assert output.startswith("exit code 0, 0 left\n"), output
     assert len(results) == 3, output
     for result in results:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import LAUNCHERS, main, package, run_checks
+from tests.ranks.mended import LAUNCHERS, Jobs, main
 
 # ---------------------------------------------------------------------------- checks, in each rank
 
@@ -160,37 +160,27 @@ pytest.importorskip("horovod")
 
 
 @pytest.fixture(scope="module")
-def mended(tmp_path_factory) -> Path:
-    return package(tmp_path_factory.mktemp("mended"))
-
-
-@pytest.fixture(scope="module")
-def undone(tmp_path_factory) -> Path:
-    return package(tmp_path_factory.mktemp("undone"), undone=[*CHECK_OF, SAMPLER])
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_states(launcher, mended, tmp_path):
+def test_states(jobs, launcher):
     names = [check.__name__ for check in CHECK_OF.values()]
-    results, output = run_checks(launcher, __file__, names, tmp_path, path=mended)
-    assert results == [dict.fromkeys(names)] * 2, output
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_states_without_the_mends(launcher, undone, tmp_path):
-    names = [check.__name__ for check in CHECK_OF.values()]
-    env = {"CHECK_SECONDS": "15"}
-    results, output = run_checks(launcher, __file__, names, tmp_path, path=undone, env=env)
     for name in names:
-        assert any(result.get(name, "did not end") for result in results), f"{name}\n{output}"
+        jobs(launcher, names).passed(name)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_end_of_an_epoch_on_three_ranks(launcher, mended, undone, tmp_path):
+def test_states_without_the_mends(jobs, launcher):
+    names = [check.__name__ for check in CHECK_OF.values()]
+    job = jobs(launcher, names, undone=CHECK_OF, check_seconds=15)
+    for name in names:
+        job.failed(name, may_wait=name == names[-1])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_end_of_an_epoch_on_three_ranks(jobs, launcher):
     name = one_sample_for_three.__name__
-    for path in (mended, undone):
-        folder = tmp_path / path.parent.name
-        folder.mkdir()
-        results, output = run_checks(launcher, __file__, [name], folder, path=path, ranks=3)
-        passed = [result.get(name, "did not end") is None for result in results]
-        assert passed == [path is mended] * 3, output
+    jobs(launcher, [name], ranks=3).passed(name)
+    jobs(launcher, [name], undone=[SAMPLER], ranks=3).failed(name)

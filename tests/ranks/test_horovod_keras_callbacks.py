@@ -7,7 +7,6 @@ process.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import LAUNCHERS, main, package, run_checks
+from tests.ranks.mended import LAUNCHERS, Jobs, folder_of_job, main
 
 # ---------------------------------------------------------------------------- checks, in each rank
 
@@ -410,7 +409,7 @@ def best_checkpoint() -> None:
     import horovod.tensorflow.keras as hvd
     import keras
 
-    folder = Path(os.environ["CHECKPOINTS"], f"rank-{hvd.rank()}")
+    folder = folder_of_job() / f"checkpoints-{hvd.rank()}"
     folder.mkdir()
     model = _net(keras.Model)
     model.compile(keras.optimizers.SGD(0.1), "mse")
@@ -574,45 +573,22 @@ UNDONE = (
 NOT_ALONE = ("one_rank_stops_is_an_error", "uneven_batches_of_optimizer")
 
 
-def _checks_of(undone: tuple[str, ...]) -> list[str]:
-    if not undone:
-        return list(CHECKS)
-    names = [check.__name__ for mend in undone for check in CHECKS_OF[mend]]
-    return [name for name in names if name not in NOT_ALONE]
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """How each check of a job has ended, with all mends or some undone."""
-    packages: dict[tuple[str, ...], Path] = {}
-    done: dict[tuple[str, ...], tuple[list[dict[str, str | None]], str]] = {}
-
-    def run(launcher: str, undone: tuple[str, ...] = ()):
-        key = (launcher, *undone)
-        if key not in done:
-            if undone not in packages:
-                packages[undone] = package(tmp_path_factory.mktemp("package"), undone)
-            env = {"CHECKPOINTS": str(tmp_path_factory.mktemp("checkpoints"))}
-            env |= {"CHECK_SECONDS": "15"} if undone else {}
-            checks, folder = _checks_of(undone), tmp_path_factory.mktemp("results")
-            done[key] = run_checks(
-                launcher, __file__, checks, folder, path=packages[undone], env=env
-            )
-        return done[key]
-
-    return run
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_with_mends(results, launcher: str, check: str) -> None:
-    ranks, output = results(launcher)
-    assert [rank.get(check, "did not end") for rank in ranks] == [None, None], output
+def test_with_mends(jobs, launcher: str, check: str) -> None:
+    jobs(launcher, list(CHECKS)).passed(check)
 
 
 @pytest.mark.parametrize("undone", UNDONE, ids=lambda mends: mends[-1])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_without_mends(results, launcher: str, undone: tuple[str, ...]) -> None:
-    ranks, output = results(launcher, undone)
-    for check in _checks_of(undone):
-        assert any(rank.get(check, "did not end") for rank in ranks), (check, output)
+def test_without_mends(jobs, launcher: str, undone: tuple[str, ...]) -> None:
+    names = [check.__name__ for mend in undone for check in CHECKS_OF[mend]]
+    checks = [name for name in names if name not in NOT_ALONE]
+    job = jobs(launcher, checks, undone=undone, check_seconds=15)
+    for check in checks:
+        job.failed(check, may_wait=check == checks[-1])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.mended import main, package, run_checks
+from tests.ranks.mended import LAUNCHERS, Jobs, main
 
 MENDS = ("python/keras3_optimizer", "python/keras3_load_model")
 STEPS, BATCH = 4, 8
@@ -658,35 +658,25 @@ if __name__ == "__main__":
 pytest.importorskip("horovod")
 
 
-@pytest.fixture(scope="module", params=["mpi", "gloo"])
-def mended(request, tmp_path_factory):
-    """What became of each check, by rank, and the job's output."""
-    path = package(tmp_path_factory.mktemp("package"))
-    folder = tmp_path_factory.mktemp(request.param)
-    names = [*CHECKS, OPTIMIZERS[request.param].__name__]
-    results, output = run_checks(
-        request.param, __file__, names, folder, path=path, seconds=300, env=ENV
-    )
-    return request.param, results, output
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory, ENV)
 
 
 @pytest.mark.parametrize("check", [*CHECKS, "optimizers"])
-def test_two_ranks_are_one(mended, check):
-    launcher, results, output = mended
-    name = OPTIMIZERS[launcher].__name__ if check == "optimizers" else check
-    assert [r.get(name, "not reached") for r in results] == [None, None], output
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_are_one(jobs, launcher, check):
+    optimizers = OPTIMIZERS[launcher].__name__
+    job = jobs(launcher, [*CHECKS, optimizers], seconds=280)
+    job.passed(optimizers if check == "optimizers" else check)
 
 
-@pytest.mark.parametrize("launcher", ["mpi", "gloo"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("mend", MENDS)
-def test_without_the_mend(launcher, mend, tmp_path):
-    path = package(tmp_path / "package", undone=[mend])
+def test_without_the_mend(jobs, launcher, mend):
     checks = ["saves_as_it_was"]
     if mend == MENDS[0]:  # over Gloo one of them says enough
         checks = [*CHECKS, "every_optimizer"] if launcher == "mpi" else ["ways_to_apply"]
-    folder = tmp_path / "job"
-    folder.mkdir()
-    results, output = run_checks(
-        launcher, __file__, checks, folder, path=path, seconds=100, env=ENV
-    )
-    assert all(r.get(check) for r in results for check in checks), (results, output)
+    job = jobs(launcher, checks, undone=[mend])
+    for check in checks:
+        job.failed(check)

@@ -5,14 +5,13 @@ What both find is what one rank's keras.layers.BatchNormalization finds on the w
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import LAUNCHERS, main, package, run_checks
+from tests.ranks.mended import LAUNCHERS, Jobs, folder_of_job, main
 
 # ---------------------------------------------------------------------------- checks, in each rank
 
@@ -211,7 +210,7 @@ def saving() -> None:
     import keras
 
     inputs, outputs = _net(hvd.SyncBatchNormalization)
-    file = Path(os.environ["FILES"], f"{hvd.rank()}.keras")
+    file = folder_of_job() / f"{hvd.rank()}.keras"
     keras.Model(inputs, outputs).save(file)
     loaded = keras.models.load_model(file)
     assert isinstance(loaded.layers[2], hvd.SyncBatchNormalization)
@@ -248,32 +247,18 @@ MEND = "python/keras3_sync_batch_norm"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """How each check of a job has ended, with all mends or without this one."""
-    done: dict[tuple[str, ...], tuple[list[dict[str, str | None]], str]] = {}
-
-    def run(launcher: str, *undone: str):
-        if (launcher, *undone) not in done:
-            made = package(tmp_path_factory.mktemp("package"), undone)
-            folder = tmp_path_factory.mktemp("results")
-            env = {"FILES": str(folder)}
-            done[launcher, *undone] = run_checks(
-                launcher, __file__, list(CHECKS), folder, path=made, env=env
-            )
-        return done[launcher, *undone]
-
-    return run
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_with_mend(results, launcher: str, check: str) -> None:
-    ranks, output = results(launcher)
-    assert [rank.get(check, "did not end") for rank in ranks] == [None, None], output
+def test_with_mend(jobs, launcher: str, check: str) -> None:
+    jobs(launcher, list(CHECKS)).passed(check)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_without_mend(results, launcher: str) -> None:
-    ranks, output = results(launcher, MEND)
+def test_without_mend(jobs, launcher: str) -> None:
+    job = jobs(launcher, list(CHECKS), undone=[MEND])
     for check in CHECKS:
-        assert any(rank.get(check, "did not end") for rank in ranks), (check, output)
+        job.failed(check)

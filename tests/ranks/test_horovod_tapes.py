@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.ranks.mended import LAUNCHERS, main, package, run_checks
+from tests.ranks.mended import LAUNCHERS, Jobs, main
 from tests.ranks.test_horovod_wheel import groups_of_one_name, sparse_beside_dense
 
 # ---------------------------------------------------------------------------- checks, in each rank
@@ -329,35 +329,20 @@ UNDONE = [tuple(CHECKS_OF)[:6], tuple(CHECKS_OF)[6:-1], tuple(CHECKS_OF)[-1:]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """How each check of a job has ended, with all mends or some undone."""
-    done: dict[tuple[str, ...], tuple[list[dict[str, str | None]], str]] = {}
-
-    def run(launcher: str, *undone: str):
-        if (launcher, *undone) not in done:
-            made = package(tmp_path_factory.mktemp("package"), undone)
-            folder = tmp_path_factory.mktemp("results")
-            checks = [check.__name__ for mend in undone or CHECKS_OF for check in CHECKS_OF[mend]]
-            env = {"CHECK_SECONDS": "15"} if undone else {}
-            done[launcher, *undone] = run_checks(
-                launcher, __file__, checks, folder, path=made, env=env
-            )
-        return done[launcher, *undone]
-
-    return run
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_with_mends(results, launcher: str, check: str) -> None:
-    ranks, output = results(launcher)
-    assert [rank.get(check, "did not end") for rank in ranks] == [None, None], output
+def test_with_mends(jobs, launcher: str, check: str) -> None:
+    jobs(launcher, list(CHECKS)).passed(check)
 
 
 @pytest.mark.parametrize("undone", UNDONE, ids=lambda mends: mends[-1])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_without_mends(results, launcher: str, undone: tuple[str, ...]) -> None:
-    ranks, output = results(launcher, *undone)
-    for mend in undone:
-        for check in CHECKS_OF[mend]:
-            assert any(rank.get(check.__name__, "did not end") for rank in ranks), (check, output)
+def test_without_mends(jobs, launcher: str, undone: tuple[str, ...]) -> None:
+    checks = [check.__name__ for mend in undone for check in CHECKS_OF[mend]]
+    job = jobs(launcher, checks, undone=undone, check_seconds=15)
+    for check in checks:
+        job.failed(check, may_wait=check == checks[-1])

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.mended import main, package, run_checks
+from tests.ranks.mended import LAUNCHERS, Jobs, main
 
-ENV = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-SOON = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "10", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20"}
+ENV = {
+    "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+    "HOROVOD_STALL_CHECK_TIME_SECONDS": "10",
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20",
+}
 STEPS, BATCH = 4, 8
 
 
@@ -864,46 +867,31 @@ if __name__ == "__main__":
 pytest.importorskip("horovod")
 
 
-@pytest.fixture(scope="module", params=["mpi", "gloo"])
-def mended(request, tmp_path_factory):
-    """What became of each check, by rank, and the job's output."""
-    path = package(tmp_path_factory.mktemp("package"))
-    folder = tmp_path_factory.mktemp(request.param)
-    return run_checks(request.param, __file__, list(CHECKS), folder, path=path, env=ENV | SOON)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(__file__, tmp_path_factory, ENV)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_two_ranks_are_one(mended, check):
-    results, output = mended
-    assert [r.get(check, "not reached") for r in results] == [None, None], output
-
-
-@pytest.fixture(scope="module", params=["mpi", "gloo"])
-def plain(request, tmp_path_factory):
-    """The same without the mends."""
-    path = package(tmp_path_factory.mktemp("plain"), undone=[f"python/{mend}" for mend in MENDS])
-    folder, names = tmp_path_factory.mktemp("job"), [n for n in MENDS.values() if n != LAST]
-    env = ENV | SOON | {"CHECK_SECONDS": "20"}
-    return run_checks(request.param, __file__, [*names, LAST], folder, path=path, env=env)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_are_one(jobs, launcher, check):
+    jobs(launcher, list(CHECKS)).passed(check)
 
 
 @pytest.mark.parametrize("mend", MENDS)
-def test_without_the_mend(plain, mend):
-    results, output = plain
-    missing = "did not end" if MENDS[mend] == LAST else None
-    assert all(r.get(MENDS[mend], missing) for r in results), (results, output)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_without_the_mend(jobs, launcher, mend):
+    checks = [*(check for check in MENDS.values() if check != LAST), LAST]
+    undone = [f"python/{name}" for name in MENDS]
+    job = jobs(launcher, checks, undone=undone, check_seconds=20)
+    job.failed(MENDS[mend], may_wait=MENDS[mend] == LAST)
 
 
-@pytest.mark.parametrize("launcher", ["mpi", "gloo"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("mend", ALONE)
-def test_without_the_mend_alone(launcher, mend, tmp_path):
-    path = package(tmp_path / "package", undone=[f"python/{mend}"])
-    folder = tmp_path / "job"
-    folder.mkdir()
+def test_without_the_mend_alone(jobs, launcher, mend):
     check, how = ALONE[mend]
     seconds = 10 if how == "hang" else 60
-    results, output = run_checks(
-        launcher, __file__, [check], folder, path=path, seconds=seconds, env=ENV
-    )
-    assert [r.get(check, "not reached") for r in results] != [None, None], output
-    assert output.startswith("hang") == (how == "hang"), output
+    job = jobs(launcher, [check], undone=[f"python/{mend}"], seconds=seconds)
+    job.failed(check, may_wait=True)
+    assert job.output.startswith("hang") == (how == "hang"), job.output

@@ -388,6 +388,7 @@ def _run(command: list[str], launcher: str, folder: Path) -> tuple[list[dict[str
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "PRTE_MCA_prte_local_tmpdir_base": str(folder),  # see horovod_build.ranks
     }
     limited = ["timeout", "--kill-after", "10", str(SECONDS), *command, *JOBS[launcher]]
     ended = subprocess.run(

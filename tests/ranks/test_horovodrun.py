@@ -24,6 +24,7 @@ import pytest
 
 MARKER = "HOROVODRUN_TEST"  # in the environment of all processes of one job
 BIN = Path(sys.executable).parent
+PATIENCE = 20.0  # seconds for processes to end that must; on a busy machine it takes some
 LAUNCHERS = ["gloo", "mpi"]
 
 
@@ -33,7 +34,7 @@ LAUNCHERS = ["gloo", "mpi"]
 def fail() -> None:
     """Rank 1 leaves a process that holds its output, and exits with 3."""
     if rank() == 1:
-        subprocess.Popen(["sleep", "100"])
+        subprocess.Popen(["sleep", "300"])
         for line in range(30):
             print(f"line {line} of rank 1", file=sys.stderr)
         sys.exit(3)
@@ -67,9 +68,9 @@ def lost() -> None:
 
 def sleep() -> None:
     """With a process of its own that outlives it."""
-    subprocess.Popen(["sleep", "100"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     print("ready", flush=True)
-    time.sleep(100)
+    time.sleep(300)
 
 
 def rank() -> int:
@@ -84,7 +85,7 @@ ROLES = {role.__name__: role for role in (fail, killed, lost, sleep)}
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    from tests.ranks import mended
+    from tests.ranks import mended  # not in the ranks, which find Horovod alone
 
     @cache
     def made(undone: str | None = None) -> Path:
@@ -101,20 +102,12 @@ def started(
     """horovodrun in a process group of its own, with the package at `path`, and `more` on the path;
     in the end all of the job's processes are killed. Ranks are bound as horovodrun does it, or may
     be more than there are cores if `binding` is given."""
+    from tests.ranks import mended
+
     marker = f"{os.getpid()}-{time.monotonic_ns()}"
-    environment = {
-        **os.environ,
-        MARKER: marker,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(str(p) for p in (path, more) if p is not None),
-        # Horovod finds its MPI by its own place, which a link in `path` hides.
-        "LD_LIBRARY_PATH": f"{sys.prefix}/lib{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = mended.environment(path)
+    environment[MARKER] = marker
+    environment["PYTHONPATH"] = os.pathsep.join(str(p) for p in (path, more) if p is not None)
     given = "--binding-args=--bind-to none --map-by slot:OVERSUBSCRIBE"
     slots = [given] * (launcher == "mpi" and binding)
     job = subprocess.Popen(
@@ -148,7 +141,7 @@ def processes(job: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-def left_behind(job: subprocess.Popen[str], seconds: float = 3) -> list[str]:
+def left_behind(job: subprocess.Popen[str], seconds: float) -> list[str]:
     """Names of the job's processes that are still there after this time."""
     end = time.monotonic() + seconds
     while (left := processes(job)) and time.monotonic() < end:
@@ -156,15 +149,23 @@ def left_behind(job: subprocess.Popen[str], seconds: float = 3) -> list[str]:
     return [process.name() for process in left]
 
 
-def run(launcher: str, path: Path, role: str) -> tuple[int, str, list[str]]:
+def run(
+    launcher: str, path: Path, role: str, patience: float = PATIENCE
+) -> tuple[int, str, list[str]]:
     """A job's exit code, output, and what it leaves behind."""
     with started(launcher, path, sys.executable, __file__, role) as job:
         text, _ = job.communicate(timeout=30)
-        return job.returncode, text, left_behind(job)
+        return job.returncode, text, left_behind(job, patience)
 
 
 def interrupt(
-    launcher: str, path: Path, number: int, *, all_of_them: bool = False, early: float | None = None
+    launcher: str,
+    path: Path,
+    number: int,
+    *,
+    all_of_them: bool = False,
+    early: float | None = None,
+    patience: float = PATIENCE,
 ) -> tuple[int, str, list[str]]:
     """As `run`, of a job that gets a signal: its launcher alone, or as Ctrl-C `all_of_them`; when
     all ranks run, or `early` seconds after horovodrun has started the first helper."""
@@ -184,7 +185,7 @@ def interrupt(
             job.wait(12)
         except subprocess.TimeoutExpired:
             return 0, "hang", left_behind(job, 0)
-        left = left_behind(job)
+        left = left_behind(job, patience)
         for process in processes(job):  # they hold the pipe
             process.kill()
         return job.returncode, text + job.stdout.read(), left
@@ -350,7 +351,7 @@ def test_without_runner_start_signal(package) -> None:
 
 
 def test_without_runner_orphans(package) -> None:
-    _, text, left = interrupt("gloo", package("runner_orphans"), signal.SIGTERM)
+    _, text, left = interrupt("gloo", package("runner_orphans"), signal.SIGTERM, patience=3)
     assert left == ["sleep", "sleep"], text
 
 
@@ -364,9 +365,9 @@ def test_without_runner_missing_command(launcher, package) -> None:
 
 def test_without_runner_mpirun(package) -> None:
     path = package("runner_mpirun")
-    _, text, left = interrupt("mpi", path, signal.SIGTERM)
+    _, text, left = interrupt("mpi", path, signal.SIGTERM, patience=3)
     assert "prterun" in left, text
-    _, text, _ = run("mpi", path, "fail")
+    _, text, _ = run("mpi", path, "fail", patience=0)
     assert "horovodrun: " not in text
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -195,9 +196,39 @@ def test_the_guard_ends_with_its_driver_and_ends_what_is_left():
     guard = Guard(marker)
     left = Job("test", marker + "/test")
     left.start(["sleep", "60"], launch_environment({}, left.marker), Path(os.devnull))
+    assert session_places(marker)
     guard.close()
     assert left.wait(5)
-    assert members(marker) == []
+    assert members(marker) == [] and session_places(marker) == []
+
+
+def session_places(marker):
+    return list(Path(tempfile.gettempdir()).glob(f"horovod-lm-{marker}*"))
+
+
+@needs_mpirun
+def test_a_session_that_a_killed_mpirun_has_left_is_not_in_the_way(tmp_path, monkeypatch):
+    """The folder is named after the process's number, which here is the shell's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    stale = """
+    mkdir -p "$TMPDIR/ompi.$$" && echo left > "$TMPDIR/ompi.$$/pmix.vm.tool"
+    echo left > "$TMPDIR/ompi.$$/pmix.vm.tool.$$"
+    exec "$@"
+    """
+    job = Job("test", new_marker() + "/test")
+    command = launch_command(configured(), [sys.executable, "-c", "print('here')"])
+    for name in ("PRTE_MCA_prte_tmpdir_base", None):
+        environment = launch_environment({}, job.marker) | ({name: str(tmp_path)} if name else {})
+        job.start(["sh", "-c", stale, "sh", *command], environment, tmp_path / "log")
+        assert job.wait(30)
+        ended, text = job.exit_code, (tmp_path / "log").read_text()
+        job.stop()
+        if name:  # where the user has said so, it is there, and this shows what is mended
+            assert ended and "listener thread failed to start" in text
+        else:
+            assert ended == 0 and text.count("here") == 2
+    assert session_places(job.marker.partition("/")[0]) == []
 
 
 @needs_mpirun

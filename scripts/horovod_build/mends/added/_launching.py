@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import collections
 import contextlib
-import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -154,6 +154,18 @@ def end_session(grace: float) -> None:
         _end(lambda process: os.getsid(process.pid) == mine, grace)
 
 
+def wait_for_end(process: psutil.Process, seconds: float) -> bool:
+    """Wait until a child has ended, and leave its exit code to the one that waits for that: psutil
+    would take it away."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+    return True
+
+
 def _end(ours: Callable[[psutil.Process], bool], grace: float) -> None:
     for process in _living(ours):
         _send(process, signal.SIGTERM)
@@ -187,23 +199,48 @@ def run_mpirun(command: str, env: dict[str, str]) -> None:
     """Run mpirun's command line, pass signals on to it, and see how it ends.
 
     Raises RankFailed for the rank that mpirun names, Stopped after a signal, and LauncherError for
-    another failure; what ranks on this machine have started and left is ended before. If this
-    process is killed, mpirun gets SIGTERM (on Linux).
+    another failure; what ranks on this machine have started and left is ended before, and also if
+    this process is killed.
+
+    mpirun names the folder of its session after its process's number, and fails where a killed one
+    of the same number has left its own: https://github.com/openpmix/openpmix/issues/4022. So each gets
+    a place for it that is new.
     """
     stopped: list[int] = []
     job = f"{os.getpid()}-{time.time_ns()}"
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    place = tempfile.mkdtemp(prefix="horovodrun-")
+    if not any(f"PRTE_MCA_prte_{which}tmpdir_base" in env for which in ("", "local_")):
+        env = {**env, "PRTE_MCA_prte_local_tmpdir_base": place}
+    # It outlives this process, whatever ends that, and then does what is left to do.
+    watcher = subprocess.Popen(
+        [sys.executable, "-P", __file__, job, place],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _run_mpirun(command, {**env, _JOB: job}, job, stopped)
+    finally:
+        watcher.kill()
+        watcher.wait()
+        shutil.rmtree(place, ignore_errors=True)
 
-    def die_with_launcher() -> None:
-        if prctl is not None:
-            prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
+def _watch(job: str, place: str) -> None:
+    """The watcher's part: wait for the end of the process that has started it, then end the job."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    _end(lambda process: process.environ().get(_JOB) == job, GRACE)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _run_mpirun(command: str, env: dict[str, str], job: str, stopped: list[int]) -> None:
     mpirun = subprocess.Popen(
         ["/bin/sh", "-c", f"exec {command}"],
-        env={**env, _JOB: job},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=die_with_launcher,
     )
 
     def pass_on(number: int, frame: object) -> None:
@@ -270,3 +307,7 @@ def _failed_rank(said: str) -> int | None:
         if found := re.search(form, said, re.MULTILINE):
             return int(found.group(1))
     return None
+
+
+if __name__ == "__main__":
+    _watch(*sys.argv[1:])
