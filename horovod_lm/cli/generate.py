@@ -48,16 +48,24 @@ def command(
     from horovod_lm.restored import restore
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
-        restored = restore(run, backend)
-        tokenizer = restored.prepared.tokenizer
+        restored = restore(run, backend, data=False)
+        tokenizer = restored.tokenizer
+        prompt, source = tokenizer.encode(text)[None], None
+        if restored.config.model.kind == "encoder-decoder":
+            import numpy as np
+
+            source = np.append(prompt, [[tokenizer.end]], axis=1)
+            start = tokenizer.end if restored.start is None else restored.start
+            prompt = np.array([[start]], np.int32)
         out = generate(
             restored.engine,
-            tokenizer.encode(text)[None],
+            prompt,
             tokens,
             context=restored.config.model.context,
             temperature=temperature,
             seed=seed,
             end=tokenizer.end,
+            source=source,
         )
         restored.communicator.shutdown()
     if restored.communicator.rank:
