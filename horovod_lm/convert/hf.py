@@ -288,7 +288,7 @@ def plan(spec: ModelSpec, more: Json | None = None) -> Plan:
         if not faults[name]:
             text = json.dumps(config, indent=2) + "\n"
             return Plan(family, text.encode(), {files.WEIGHTS: _header(family, spec)})
-    name = min(faults, key=lambda name: len(faults[name]))
+    name = min(faults, key=lambda name: (FAMILIES[name].kind != spec.kind, len(faults[name])))
     raise UserError(
         f"no family of transformers has this model: the nearest is {name}, which does not go with "
         f"{', '.join(faults[name])}; families: {', '.join(FAMILIES)}"

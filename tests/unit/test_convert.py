@@ -427,7 +427,7 @@ def config_is_deep(folder):
 
 BAD = [
     (cut, r"model\.safetensors is not a valid safetensors file: it is cut off: [\d,]+ bytes inst"),
-    (cut_in_the_header, "it is cut off: 100 bytes, and its header takes"),
+    (cut_in_the_header, "it is cut off: 100 bytes, and its header alone takes"),
     (huge_header, "its header would have 4,611,686,018,427,387,904 bytes"),
     (overlapping, "b begins at byte 2 of the data instead of 4"),
     (missing, r"the tensor bert\.encoder\.layer\.1\.output\.dense\.bias is missing"),
