@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from horovod_lm.cli.common import backend_option
+
 EPILOG = """\b
 Examples:
   horovod-lm convert --from hf ~/models/bert-base-uncased --to run runs/bert
@@ -26,14 +28,21 @@ def _end(*kinds: str) -> click.Tuple:
 )  # fmt: skip
 @click.option("--legacy", is_flag=True, help="Also read pytorch_model.bin, without running code.")
 @click.option("--keep-extra", is_flag=True, help="Carry along tensors that have no place.")
+@backend_option
 def command(
-    source: tuple[str, Path], target: tuple[str, Path], legacy: bool, keep_extra: bool
+    source: tuple[str, Path],
+    target: tuple[str, Path],
+    legacy: bool,
+    keep_extra: bool,
+    backend: str | None,
 ) -> None:
     """Turn models of transformers into runs, and runs into models of transformers.
 
     BERT, RoBERTa, DistilBERT, GPT-2, T5, T5 v1.1 and Llama: config.json, safetensors (sharded
     too), tokenizer.json. A run can then be evaluated, generate, and be trained further: start
     another one with --set train.start_from=RUN. docs/convert.md has the details.
+
+    A backend is at work for --legacy (torch's) and for a SavedModel (tensorflow's) alone.
     """
     from horovod_lm.convert.run import export_run, import_run
     from horovod_lm.errors import UserError
@@ -49,7 +58,7 @@ def command(
     elif (kind, form) == ("run", "saved-model"):
         from horovod_lm.convert.saved_model import export_saved_model
 
-        export_saved_model(path, place)
+        export_saved_model(path, place, backend or "tensorflow")
     else:
         raise UserError(f"--from {kind} --to {form} does nothing; convert to a run, or from one")
     click.echo(str(place))
