@@ -26,7 +26,10 @@ from tf_backend.precision import (
 )
 from tf_backend.profiler import scope
 
-ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
+# Query rows of one block of attention. A causal one skips the keys after its last row; where every
+# key is seen there is nothing to skip, and large products were faster up to here.
+ROW_BLOCK = 64
+FREE_ROWS = 512
 UNSEEN = -1e30  # added to scores: finite, so that a query that sees no key gives no NaN
 
 
@@ -167,27 +170,10 @@ def rotate(x_BHLK: tf.Tensor, rotary: tuple[tf.Tensor, tf.Tensor] | None) -> tf.
     return turn(x_BHLK)
 
 
-def _repeat(x, times: int):
-    """(B, G, M, K) to (B, G times, M, K): each head so many times, one after the other."""
-    if times == 1:
-        return x
-
-    @tf.custom_gradient
-    def repeat(x):
-        @scope("attention")
-        def backward(gradient):
-            parts = tf.reshape(full(gradient), [-1, x.shape[1], times, *x.shape[2:]])
-            return tf.cast(tf.reduce_sum(parts, 2), x.dtype)
-
-        return tf.repeat(x, times, axis=1), backward
-
-    return repeat(x)
-
-
-def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
+def _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site, half):
     """Attention of some query rows at a time, so that what they work on stays in the cache, with
-    probabilities kept for the backward. A causal one takes `ROW_BLOCK` rows and never touches the
-    keys after them. All (B H, L or M, K), lengths known when traced.
+    probabilities kept for the backward. A causal one never touches the keys after them. Queries
+    (B H, L, K), keys and values (B G, M, K), lengths known when traced.
 
     With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
@@ -195,7 +181,7 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
     length, keys = query.shape[1], key.shape[1]
     if noise is not None and not isinstance(noise, Native):
         rows, columns = tf.reshape(noise[0], [-1, length]), noise[1]
-    step = ROW_BLOCK if sight.causal else _rows_at_once(length, keys)
+    step = ROW_BLOCK if sight.causal else FREE_ROWS
     blocks = []
     for start in range(0, length, step):
         end = min(start + step, length)
@@ -237,6 +223,8 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
     @tf.custom_gradient
     def attend(query, key, value, *bias):
         query, key, value = scaled(operand(query, half)), operand(key, half), operand(value, half)
+        if times > 1:
+            key, value = (tf.repeat(x, times, axis=0) for x in (key, value))
         outputs, saved = [], []
         for start, end, last in blocks:
             transposed = tf.transpose(key[:, :last], [0, 2, 1])
@@ -288,16 +276,16 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half):
                     share = full(multiply(tf.transpose(weights, [0, 2, 1]), x, half))
                     total.append(_padded(share, 1, keys))
             d_query = scaled(tf.concat(d_query, 1))
-            d_key, d_value = (cast(tf.add_n(total), half) for total in (d_key, d_value))
-            return d_query, d_key, d_value, *([tf.concat(d_bias, 1)] if bias else [])
+            d_key, d_value = (tf.add_n(total) for total in (d_key, d_value))
+            if times > 1:
+                shape = [-1, times, *d_key.shape[1:]]
+                d_key, d_value = (tf.reduce_sum(tf.reshape(x, shape), 1) for x in (d_key, d_value))
+            d_bias = [tf.concat(d_bias, 1)] if bias else []
+            return d_query, cast(d_key, half), cast(d_value, half), *d_bias
 
         return output, backward
 
     return attend(query, key, value, *([] if sight.bias is None else [sight.bias]))
-
-
-def _rows_at_once(length: int, keys: int) -> int:
-    return ROW_BLOCK
 
 
 def _padded(x, axis: int, size: int):
@@ -357,9 +345,9 @@ def attention(
     _, heads, length, width = query_BHLK.shape
     times, keys = heads // key_BGMK.shape[1], key_BGMK.shape[2]
     query = tf.reshape(query_BHLK, [-1, length, width])
-    key, value = (tf.reshape(_repeat(x, times), [-1, keys, width]) for x in (key_BGMK, value_BGMK))
+    key, value = (tf.reshape(x, [-1, keys, width]) for x in (key_BGMK, value_BGMK))
     noise = noise if rate else None
-    output = _blockwise(query, key, value, sight, scale, noise, rate, heads, site, half)
+    output = _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site, half)
     return tf.reshape(output, [-1, heads, length, width])
 
 

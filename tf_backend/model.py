@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -171,7 +172,25 @@ def _recomputed(block: Block, x, sight: Sight, noise, encoded, cross_sight) -> t
         shifted = replace(sight, bias=bias)
         return block(x, sight=shifted, noise=noise, encoded=known, cross_sight=cross_sight)
 
-    return tf.recompute_grad(run)(*given)
+    @tf.custom_gradient
+    def recomputed(*given):
+        def backward(gradient, variables=()):
+            # XLA merges what is computed twice from the same, and both forwards would be one that
+            # keeps everything. So inputs wait for the gradient, in a way that XLA can't see
+            # through, as it sees through that of tf.recompute_grad: a NaN is not equal to itself.
+            first = tf.reshape(gradient, [-1])[0]
+            zero = tf.where(first == first, *(tf.constant(y, first.dtype) for y in (0, math.nan)))
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                again = [y + zero for y in given]
+                tape.watch([*again, *variables])
+                y = run(*again)
+            zeros = tf.UnconnectedGradients.ZERO
+            gradients = tape.gradient(y, [*again, *variables], gradient, zeros)
+            return gradients[: len(given)], gradients[len(given) :]
+
+        return run(*given), backward
+
+    return recomputed(*given)
 
 
 class Head(keras.layers.Layer):

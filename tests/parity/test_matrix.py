@@ -132,17 +132,28 @@ class Comparison:
             gradients[name] = engine.gradients()
             for loss, expected in self.reference.losses.items():
                 assert reduced.losses[loss] == pytest.approx(expected, rel=self.near), (name, loss)
+        exact = self.reference.gradients
+        limits = dict.fromkeys(exact, self.limit)
         sides = {"tensorflow to torch": (gradients["tensorflow"], gradients["torch"])}
         if self.exact:
-            exact = self.reference.gradients
             sides |= {f"{name} to reference": (g, exact) for name, g in gradients.items()}
+        else:
+            # Where rounding alone costs both of them more than the limit, they may be as far from
+            # each other as the better one is from what is exact.
+            errors = [differences(given, exact) for given in gradients.values()]
+            limits = {name: max(self.limit, min(e[name] for e in errors)) for name in exact}
         for title, (one, two) in sides.items():
             apart = differences(one, two)
-            if not self.exact and spec.positions != "rotary":
-                # Softmax cancels a key's bias: its gradient is nothing but rounding.
-                apart = {name: v for name, v in apart.items() if not name.endswith("key.bias")}
-            worst = max(apart, key=apart.__getitem__)
-            within(f"{self.precision}, a gradient, {title}", apart[worst], self.limit)
+            if not self.exact:
+                apart = {name: v for name, v in apart.items() if not self.cancelled(name)}
+            worst = max(apart, key=lambda name: apart[name] / limits[name])
+            within(f"{self.precision}, a gradient, {title}", apart[worst], limits[worst])
+
+    def cancelled(self, name: str) -> bool:
+        """Whether softmax cancels it, so that its gradient is nothing but rounding: a key's bias,
+        where keys are not turned."""
+        turned = self.spec.positions == "rotary" and ".cross_attention." not in name
+        return name.endswith("key.bias") and not turned
 
     def check_trace(self) -> None:
         one, two = (engine.trace(self.micro, STEP) for engine in self.engines.values())
@@ -217,7 +228,8 @@ LONGER = [choice | {"precision": "fp32"} for choice in CHOICES[4::8]]
 
 
 @pytest.mark.parametrize("choice", LONGER, ids=name_of)
-def test_longer_than_one_block_of_rows(compare, choice):
+def test_longer_than_one_block_of_rows(compare, choice, monkeypatch):
+    monkeypatch.setattr("tf_backend.layers.FREE_ROWS", 64)
     spec = spec_of(choice, **LONG)
     with without_graphs():
         compare(spec, micro_batch_of(spec, choice), "fp32", choice["recompute"])
