@@ -50,16 +50,16 @@ def command(
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
         restored = restore(run, backend, data=False)
         tokenizer = restored.tokenizer
-        prompt, source = tokenizer.encode(text)[None], None
+        begun, source = tokenizer.encode(text)[None], None
         if restored.config.model.kind == "encoder-decoder":
             import numpy as np
 
-            source = np.append(prompt, [[tokenizer.end]], axis=1)
+            source = np.append(begun, np.array([[tokenizer.end]], np.int32), axis=1)
             start = tokenizer.end if restored.start is None else restored.start
-            prompt = np.array([[start]], np.int32)
+            begun = np.array([[start]], np.int32)
         out = generate(
             restored.engine,
-            prompt,
+            begun,
             tokens,
             context=restored.config.model.context,
             temperature=temperature,

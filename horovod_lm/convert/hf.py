@@ -26,9 +26,8 @@ from horovod_lm.convert.tensors import Tensor
 from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Bert(), Roberta(), DistilBert(), Gpt2(), T5(), Llama())
-}
+_ALL: tuple[Family, ...] = (Bert(), Roberta(), DistilBert(), Gpt2(), T5(), Llama())
+FAMILIES = {family.name: family for family in _ALL}
 Legacy = Callable[[Path, Path], None]  # writes a pytorch_model.bin as safetensors
 
 

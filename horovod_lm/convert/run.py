@@ -23,6 +23,7 @@ from horovod_lm.backend import EngineState, load_backend
 from horovod_lm.config import Config, Data, load_config, make_config
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import hf, tensors
+from horovod_lm.convert.family import Family
 from horovod_lm.convert.tensors import Tensor
 from horovod_lm.convert.tools import ConvertTools
 from horovod_lm.errors import UserError
@@ -47,7 +48,7 @@ class _Layout(BaseModel):
 class Imported:
     """What a run keeps of the model that it was imported from."""
 
-    family: hf.Family
+    family: Family
     headers: dict[str, str]
     extra: dict[str, Tensor]
     companions: dict[str, bytes]

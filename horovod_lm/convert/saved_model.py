@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from horovod_lm.convert.run import claim_new, files, read_imported, read_run, tools
+from horovod_lm.convert.folder import TOKENIZER
+from horovod_lm.convert.run import claim_new, read_imported, read_run, tools
 from horovod_lm.errors import UserError
 
 
@@ -27,10 +28,10 @@ def export_saved_model(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         tools(backend).saved_model(config.model, weights, partial)
-        if imported is not None and files.TOKENIZER in imported.companions:
+        if imported is not None and TOKENIZER in imported.companions:
             extra = partial / "assets.extra"
             extra.mkdir()
-            (extra / files.TOKENIZER).write_bytes(imported.companions[files.TOKENIZER])
+            (extra / TOKENIZER).write_bytes(imported.companions[files.TOKENIZER])
         if target.is_dir():
             target.rmdir()
         partial.rename(target)

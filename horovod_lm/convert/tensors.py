@@ -36,12 +36,12 @@ class Tensor:
 
     def fp32(self) -> np.ndarray:
         """Its values, exactly; the type is one of `READ`."""
-        raw = self.data
+        raw = np.array(self.data)
         if self.dtype == "BF16":
-            wide = np.frombuffer(raw.tobytes(), "<u2").astype("<u4") << 16
+            wide = raw.view("<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
         kind = "<f4" if self.dtype == "F32" else "<f2"
-        return np.frombuffer(raw.tobytes(), kind).astype(np.float32, copy=False).reshape(self.shape)
+        return raw.view(kind).astype(np.float32, copy=False).reshape(self.shape)
 
 
 def encode(array: np.ndarray, dtype: str) -> np.ndarray:

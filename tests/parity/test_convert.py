@@ -266,7 +266,10 @@ def test_a_model_of_ours_opens_in_transformers(name, engines, tmp_path):
         vocabulary=300, context=32, width=16, layers=2, heads=4, **fields
     )  # fmt: skip
     weights = starting_weights(spec)
-    plan = hf.plan(spec, {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0})
+    ids = {"eos_token_id": None, "bos_token_id": None}
+    if spec.kind == "encoder-decoder":
+        ids |= {"pad_token_id": 0, "decoder_start_token_id": 0}
+    plan = hf.plan(spec, ids)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_bytes(plan.config)
     hf.write_weights(tmp_path / "hf", plan.family, spec, weights, plan.headers, {})
