@@ -36,7 +36,7 @@ def command(
     keep_extra: bool,
     backend: str | None,
 ) -> None:
-    """Turn models of transformers into runs, and runs into models of transformers.
+    """Turn models of transformers into runs, and back.
 
     BERT, RoBERTa, DistilBERT, GPT-2, T5, T5 v1.1 and Llama: config.json, safetensors (sharded
     too), tokenizer.json. A run can then be evaluated, generate, and be trained further: start

@@ -45,8 +45,11 @@ class Bert:
     name = "bert"
     kind: Kind = "encoder"
     prefix = "bert."
-    kept = (r"bert\.embeddings\.(position_ids|token_type_ids)",)
-    old = ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias"))
+    kept: tuple[str, ...] = (r"bert\.embeddings\.(position_ids|token_type_ids)",)
+    old: tuple[tuple[str, str], ...] = (
+        (".LayerNorm.gamma", ".LayerNorm.weight"),
+        (".LayerNorm.beta", ".LayerNorm.bias"),
+    )
     head = "cls.predictions.decoder"
 
     def fields(self, config: Values, shapes: Shapes) -> Json:
@@ -157,7 +160,7 @@ class Roberta(Bert):
     name = "roberta"
     kind: Kind = "encoder"
     prefix = "roberta."
-    kept = (r"roberta\.embeddings\.(position_ids|token_type_ids)",)
+    kept: tuple[str, ...] = (r"roberta\.embeddings\.(position_ids|token_type_ids)",)
     head = "lm_head.decoder"
 
     def offset(self, config: Values) -> int:
@@ -212,7 +215,7 @@ class DistilBert:
     name = "distilbert"
     kind: Kind = "encoder"
     prefix = "distilbert."
-    kept = (r"distilbert\.embeddings\.position_ids",)
+    kept: tuple[str, ...] = (r"distilbert\.embeddings\.position_ids",)
     old: tuple[tuple[str, str], ...] = ()
     head = "vocab_projector"
 

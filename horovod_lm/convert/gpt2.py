@@ -13,7 +13,7 @@ class Gpt2:
     name = "gpt2"
     kind: Kind = "decoder"
     prefix = "transformer."
-    kept = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # masks
+    kept: tuple[str, ...] = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # masks
     old: tuple[tuple[str, str], ...] = ()
 
     def fields(self, config: Values, shapes: Shapes) -> Json:

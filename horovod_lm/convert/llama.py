@@ -24,7 +24,7 @@ class Llama:
     name = "llama"
     kind: Kind = "decoder"
     prefix = "model."
-    kept = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+    kept: tuple[str, ...] = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
     old: tuple[tuple[str, str], ...] = ()
 
     def fields(self, config: Values, shapes: Shapes) -> Json:

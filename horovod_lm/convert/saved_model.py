@@ -31,7 +31,7 @@ def export_saved_model(
         if imported is not None and TOKENIZER in imported.companions:
             extra = partial / "assets.extra"
             extra.mkdir()
-            (extra / TOKENIZER).write_bytes(imported.companions[files.TOKENIZER])
+            (extra / TOKENIZER).write_bytes(imported.companions[TOKENIZER])
         if target.is_dir():
             target.rmdir()
         partial.rename(target)

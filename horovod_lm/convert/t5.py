@@ -13,7 +13,9 @@ class T5:
     kind: Kind = "encoder-decoder"
     prefix = ""
     # An early release has a table for cross-attention, which no code has ever read.
-    kept = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
+    kept: tuple[str, ...] = (
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    )
     old: tuple[tuple[str, str], ...] = ()
 
     def fields(self, config: Values, shapes: Shapes) -> Json:

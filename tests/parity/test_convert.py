@@ -291,6 +291,8 @@ def test_a_model_of_ours_opens_in_transformers(name, engines, tmp_path):
         return
     prompts, settings = inputs["tokens"][:, :4], {"max_new_tokens": 9, "do_sample": False}
     source = inputs.get("source")
+    if source is not None:
+        prompts = np.insert(prompts, 0, 0, axis=1)  # transformers would do so
     tokens = torch.from_numpy(prompts.astype(np.int64))
     if source is None:
         begun = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -454,3 +456,51 @@ def test_a_saved_model_runs_without_this_package(name, engines, backends, tmp_pa
     worst = max(difference(found[key], expected[key]) for key in expected)
     note(name, "saved-model", "tensorflow", worst)
     within("SavedModel to engine", worst, 1e-6)
+
+
+def test_an_imported_run_generates_and_another_starts_from_it(tmp_path):
+    from horovod_lm.data.tokenizer import Tokenizer
+
+    texts = [f"the river {number} runs past a mill" for number in range(300)]
+    tokenizer = Tokenizer.train(texts, 280)
+    theirs = make("gpt2")
+    theirs.save_pretrained(tmp_path / "hf")
+    tokenizer.save(tmp_path / "hf" / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path)}
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "horovod_lm", *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    call("convert", "--from", "hf", "hf", "--to", "run", "run")
+    prompt = tokenizer.encode("the river")
+    text = call("generate", "run", "--prompt", "the river", "--tokens", "6")
+    out = theirs.generate(
+        input_ids=_ids(prompt), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.end
+    )
+    assert text == tokenizer.decode(out[0].numpy()) + "\n"
+    keys = ("train.steps=2", "train.start_from=run", 'data.text=["text.txt"]')
+    keys += ("train.global_batch_size=2", "schedule.warmup=0", "output.tensorboard=false")
+    sets = [word for key in keys for word in ("--set", key)]
+    config = tmp_path / "run" / "config.toml"
+    # Paths of --set are those of the config file's folder.
+    sets = [word.replace("=run", "=.").replace("text.txt", "../text.txt") for word in sets]
+    assert "starting with the weights of" in call("train", config, *sets, "--output", "more")
+    call("convert", "--from", "run", "more", "--to", "hf", "back")
+    trained = hf.read_model(tmp_path / "back")
+    first = hf.read_model(tmp_path / "hf")
+    moved = [not np.array_equal(trained.weights[n], first.weights[n]) for n in first.weights]
+    assert np.mean(moved) > 0.9 and trained.headers == first.headers
+    assert max(difference(trained.weights[n], first.weights[n]) for n in first.weights) < 0.5
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def _ids(tokens: np.ndarray):
+    import torch
+
+    return torch.from_numpy(tokens.astype(np.int64))[None]
