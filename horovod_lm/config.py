@@ -51,6 +51,9 @@ class Train(_Section):
         None, ge=1, le=2**24, description="sequences of one forward; default: a rank's whole part"
     )
     seed: int = Field(1, ge=0, lt=2**63, description="of weights, data order and dropout")
+    start_from: str | None = Field(
+        None, description="folder of a run whose weights to start with; heads may be others"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the products")
     dropout_generator: Literal["shared", "native"] = Field(
         "shared",
@@ -315,7 +318,8 @@ def known_keys() -> list[str]:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, validate.
 
-    Relative paths in `data.text` become absolute, from the config file's folder. Raises
+    Relative paths in `data.text` and `train.start_from` become absolute, from the config file's
+    folder. Raises
     `UserError` with one message that names every fault.
     """
     try:
@@ -352,7 +356,10 @@ def make_config(values: Mapping[str, Any], where: str, base: Path | None = None)
     if base is None:
         return config
     text = tuple(t if t.startswith("corpus:") else str(base / t) for t in config.data.text)
-    return with_keys(config, data={"text": text})
+    config = with_keys(config, data={"text": text})
+    if config.train.start_from is None:
+        return config
+    return with_keys(config, train={"start_from": str(base / config.train.start_from)})
 
 
 def with_keys(config: Config, **sections: Mapping[str, Any]) -> Config:

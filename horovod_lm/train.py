@@ -46,7 +46,7 @@ from horovod_lm.loss_scale import LossScaler
 from horovod_lm.objectives import Objective, check_kind
 from horovod_lm.objectives.causal_lm import CausalLM
 from horovod_lm.randomness import initial_weights
-from horovod_lm.run_folder import STATE, RunRecord, claim, default_folder
+from horovod_lm.run_folder import STATE, RunRecord, carry_over, claim, default_folder
 from horovod_lm.schedule import learning_rate
 from horovod_lm.topology import place
 from horovod_lm.variants import display_name
@@ -68,6 +68,8 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     check_kind(CausalLM(), config.model)
     if output is not None:
         claim_check(output, resume)
+    if config.train.start_from is not None and not resume:
+        checkpoint.check_start(Path(config.train.start_from), config.model)
     threads = environment.apply(config)
     prepared = prepare(config)
     backend = load_backend(config.launch.backend, threads)
@@ -215,6 +217,10 @@ class Training:
             else:
                 self._say("no checkpoint to resume from; starting at step 0" * self.resume)
                 weights = initial_weights(self.config.model, self.config.train.seed)
+                if self.config.train.start_from is not None:
+                    source = Path(self.config.train.start_from)
+                    weights = checkpoint.start_weights(source, self.config.model, weights)
+                    self._say(f"starting with the weights of {source}")
                 self.engine.load_state(EngineState(weights))
         return step
 
@@ -295,6 +301,8 @@ class Training:
 
     def _record(self) -> RunRecord:
         where = place()
+        if self.config.train.start_from is not None:
+            carry_over(Path(self.config.train.start_from), self.folder)
         return RunRecord(
             self.folder,
             self.config,

@@ -53,6 +53,7 @@ with _silence(), _without("matplotlib"):
 
     from tf_backend.bench import BenchTools
     from tf_backend.communicator import Communicator
+    from tf_backend.convert import ConvertTools
     from tf_backend.engine import Engine
     from tf_backend.profiler import profile
 
@@ -100,3 +101,7 @@ class Backend:
     def bench(self) -> BenchTools:
         """Peers, bare products and an allreduce, for `horovod-lm bench`."""
         return BenchTools()
+
+    def convert(self) -> ConvertTools:
+        """Its part in conversion, for `horovod-lm convert`."""
+        return ConvertTools()

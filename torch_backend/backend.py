@@ -12,6 +12,7 @@ from horovod_lm.backend import EngineSettings
 from horovod_lm.spec import ModelSpec
 from torch_backend.bench import BenchTools
 from torch_backend.communicator import Communicator
+from torch_backend.convert import ConvertTools
 from torch_backend.engine import Engine
 from torch_backend.profiler import profile
 
@@ -49,3 +50,7 @@ class Backend:
     def bench(self) -> BenchTools:
         """Peers, bare products and an allreduce, for `horovod-lm bench`."""
         return BenchTools()
+
+    def convert(self) -> ConvertTools:
+        """Its part in conversion, for `horovod-lm convert`."""
+        return ConvertTools()

@@ -48,16 +48,24 @@ def command(
     from horovod_lm.restored import restore
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
-        restored = restore(run, backend)
-        tokenizer = restored.prepared.tokenizer
+        restored = restore(run, backend, data=False)
+        tokenizer = restored.tokenizer
+        begun, source = tokenizer.encode(text)[None], None
+        if restored.config.model.kind == "encoder-decoder":
+            import numpy as np
+
+            source = np.append(begun, np.array([[tokenizer.end]], np.int32), axis=1)
+            start = tokenizer.end if restored.start is None else restored.start
+            begun = np.array([[start]], np.int32)
         out = generate(
             restored.engine,
-            tokenizer.encode(text)[None],
+            begun,
             tokens,
             context=restored.config.model.context,
             temperature=temperature,
             seed=seed,
             end=tokenizer.end,
+            source=source,
         )
         restored.communicator.shutdown()
     if restored.communicator.rank:

@@ -133,7 +133,7 @@ def test_completion_completes_commands_and_options():
 
     assert complete("horovod-lm tr") == ["plain,train"]
     assert "plain,--backend" in complete("horovod-lm train --b")
-    assert complete("horovod-lm train x --set train.st") == ["plain,train.steps="]
+    assert complete("horovod-lm train x --set train.ste") == ["plain,train.steps="]
 
 
 def test_without_a_command_the_help_is_shown():
