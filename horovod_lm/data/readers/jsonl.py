@@ -22,9 +22,8 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
                 raise ValueError("it is JSON, but no object")
             record = {name: pick(values, name) for name in fields}
         except json.JSONDecodeError as error:
-            faults.broken(
-                path, f"line {number}", f"it is not JSON ({error.msg} at column {error.colno})"
-            )
+            reason = f"it is not JSON (column {error.colno}: {error.msg})"
+            faults.broken(path, f"line {number}", reason)
         except (ValueError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             faults.broken(path, f"line {number}", reason)

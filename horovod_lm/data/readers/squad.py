@@ -28,8 +28,7 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
     questions = not {"title", "context"}.issuperset(fields)
     number = 0
     for article in _articles(path):
-        paragraphs: list[Any] = article["paragraphs"] if isinstance(article, dict) else [None]
-        for paragraph in paragraphs:
+        for paragraph in _paragraphs(article):
             number += 1
             try:
                 common = {"title": article.get("title", ""), "context": paragraph["context"]}
@@ -56,6 +55,11 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
                     yield Record(place, record)
 
 
+def _paragraphs(article: Any) -> list[Any]:
+    paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
+    return paragraphs if isinstance(paragraphs, list) else [None]
+
+
 def _articles(path: Path) -> list[Any]:
     with reading(path) as stream:
         text = stream.read(_LARGEST + 1)
@@ -71,7 +75,7 @@ def _articles(path: Path) -> list[Any]:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start} is at fault") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {error.lineno}: it is not JSON ({error.msg} at column {error.colno})"
+            f"{path}, line {error.lineno}: it is not JSON (column {error.colno}: {error.msg})"
         ) from None
     except (KeyError, TypeError, RecursionError):
         raise UserError(f'{path} is not as SQuAD is: an object with a list "data"') from None

@@ -28,7 +28,7 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
             yield from _records(path, fields, faults, units)
     except expat.ExpatError as error:
         raise UserError(
-            f"{path}, line {error.lineno}: it is not XML ({expat.errors.messages[error.code]}); "
+            f"{path}, line {error.lineno}: it is not XML ({expat.ErrorString(error.code)}); "
             "what follows can't be read"
         ) from None
     if not units.seen:
