@@ -214,9 +214,10 @@ def _contents(corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> _Cont
     digests = [file_digest(path) for path in corpus.all_files]
     faults, last = Faults(corpus.skip), len(corpus.streams) - 1
     documents = characters = 0
-    for text, ends, stream in follow(corpus.pieces(faults), log, "reading", None):
-        documents += ends and stream == last
-        characters += len(text)
+    with follow(corpus.pieces(faults), log, "reading", None) as pieces:
+        for text, ends, stream in pieces:
+            documents += ends and stream == last
+            characters += len(text)
     left_out = {str(path): asdict(found) for path, found in faults.found.items()}
     _say_left_out(left_out, log)
     _check_documents(documents, corpus)
@@ -408,15 +409,16 @@ class _Making:
         stems = {split: [source.stem(split, stream) for stream in streams] for split in SPLITS}
         if all(stem in self._finished for split in SPLITS for stem in stems[split]):
             return
-        pieces = follow(source.corpus.pieces(), self._log, "tokenising", source.contents.documents)
-        for split in SPLITS:
-            mine = _first(pieces, source.documents(split), len(streams))
-            if all(stem in self._finished for stem in stems[split]):
-                deque(mine, maxlen=0)  # passed over
-                continue
-            here = current if set(stems[split]) <= current.get("writers", {}).keys() else {}
-            self._write(stems[split], mine, tokenizer, encoder, here)
-            self._save({})
+        total = source.contents.documents
+        with follow(source.corpus.pieces(), self._log, "tokenising", total) as pieces:
+            for split in SPLITS:
+                mine = _first(pieces, source.documents(split), len(streams))
+                if all(stem in self._finished for stem in stems[split]):
+                    deque(mine, maxlen=0)  # passed over
+                    continue
+                here = current if set(stems[split]) <= current.get("writers", {}).keys() else {}
+                self._write(stems[split], mine, tokenizer, encoder, here)
+                self._save({})
 
     def _write(
         self,
@@ -532,15 +534,13 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         for source in self._sources:
-            streams = len(source.corpus.streams)
-            pieces = follow(
-                source.corpus.pieces(), self._log, "training the tokenizer", source.training
-            )
-            number = 0
-            for text, ends, stream in _first(pieces, source.training, streams):
-                if number % self.every == 0:
-                    yield text
-                number += ends and stream == streams - 1
+            number, last = 0, len(source.corpus.streams) - 1
+            what, total = "training the tokenizer", source.training
+            with follow(source.corpus.pieces(), self._log, what, total) as pieces:
+                for text, ends, stream in _first(pieces, total, last + 1):
+                    if number % self.every == 0:
+                        yield text
+                    number += ends and stream == last
 
 
 class _Here:

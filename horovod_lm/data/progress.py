@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,28 +19,38 @@ _LOG_SECONDS = 5.0
 _LOOK = 64  # documents between looks at the clock
 
 
-def follow(pieces: Iterator[Piece], log: Log, what: str, total: int | None) -> Iterator[Piece]:
-    """`pieces`, while saying how many of `total` documents (None: nobody knows) are through."""
+def follow(
+    pieces: Iterator[Piece], log: Log, what: str, total: int | None
+) -> closing[Iterator[Piece]]:
+    """`pieces`, while saying how many of `total` documents (None: nobody knows) are through. A
+    context manager: on leaving, the bar stands still."""
+    return closing(_follow(pieces, log, what, total))
+
+
+def _follow(
+    pieces: Iterator[Piece], log: Log, what: str, total: int | None
+) -> Generator[Piece, None, None]:
     done, last = 0, time.monotonic()
     of = "" if total is None else f" of {total:,}"
-    with ExitStack() as stack:
-        bar = None
-        # Under a launcher stdout may be a pseudo-terminal of the launcher's, not a person's.
-        if sys.stdout.isatty() and place().launcher is None:
-            columns = (MofNCompleteColumn(), TextColumn("documents"), TimeRemainingColumn())
-            bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), *columns, console=Console()
-            )
-            task = stack.enter_context(bar).add_task(what, total=total)
+    # Under a launcher stdout may be a pseudo-terminal of the launcher's, not a person's.
+    if not sys.stdout.isatty() or place().launcher is not None:
         for piece in pieces:
             yield piece
-            done += piece[1]
-            if done % _LOOK and not (bar is None and len(piece[0]) > 2**16):
-                continue
-            if bar is not None:
-                bar.update(task, completed=done)
-            elif time.monotonic() - last > _LOG_SECONDS:
+            done += piece[1] and piece[2] == 0  # pairs count once
+            if done % _LOOK == 0 and time.monotonic() - last > _LOG_SECONDS:
                 last = time.monotonic()
                 log(f"{what}: {done:,}{of} documents")
-        if bar is not None:
+        return
+    columns = (MofNCompleteColumn(), TextColumn("documents"), TimeRemainingColumn())
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=Console())
+    with bar:
+        task = bar.add_task(what, total=total)
+        try:
+            for piece in pieces:
+                # Before it is used: nobody may ask for what comes after the last one.
+                done += piece[1] and piece[2] == 0
+                if done % _LOOK == 0:
+                    bar.update(task, completed=done)
+                yield piece
+        finally:
             bar.update(task, completed=done)

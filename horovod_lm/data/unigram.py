@@ -130,7 +130,7 @@ def _best(word: str, scores: dict[str, float], whole: bool = True) -> list[str]:
     while length:
         pieces.append(word[origin[length] : length])
         length = origin[length]
-    return pieces
+    return pieces[::-1]
 
 
 def _prune(

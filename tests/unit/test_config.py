@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.config import Config, known_keys, load_config, make_config, to_toml
@@ -361,6 +361,7 @@ sources = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(sources=sources)
 def test_several_sources_are_read_back_equal(tmp_path_factory, sources):
     folder = tmp_path_factory.getbasetemp()

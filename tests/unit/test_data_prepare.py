@@ -461,7 +461,7 @@ def test_unfinished_data_that_is_damaged_is_made_anew(text, cache, monkeypatch):
     expected = prepare(config(text), lambda line: None).manifest
     subprocess.run(["rm", "-r", str(cache)], check=True)
     data = {"text": [str(text)], "vocabulary": 400}
-    command = [sys.executable, "-c", KILLED, repr(data), "30"]
+    command = [sys.executable, "-c", KILLED, repr(data), "15"]
     subprocess.run(command, capture_output=True, check=False, timeout=60)
     (shard,) = cache.glob("*.partial/train-00000.tokens")
     content = shard.read_bytes()

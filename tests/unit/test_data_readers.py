@@ -322,10 +322,11 @@ def test_what_is_no_parquet_is_refused(tmp_path, damage):
     path = tmp_path / "a.parquet"
     write_parquet(path)
     content = path.read_bytes()
+    pages = len(content) - 12 - int.from_bytes(content[-8:-4], "little")  # before the footer
     broken = {
         "other": b"PAR2",
         "cut": content[:-20],
-        "inside": content[:4] + bytes(60) + content[64:],
+        "inside": content[:4] + bytes(pages) + content[4 + pages :],
     }
     path.write_bytes(broken[damage])
     assert "is no Parquet file, or is damaged (" in refused("parquet", path)
