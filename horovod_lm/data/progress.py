@@ -21,7 +21,7 @@ _LOOK = 64  # documents between looks at the clock
 
 def follow(
     pieces: Iterator[Piece], log: Log, what: str, total: int | None
-) -> closing[Iterator[Piece]]:
+) -> closing[Generator[Piece, None, None]]:
     """`pieces`, while saying how many of `total` documents (None: nobody knows) are through. A
     context manager: on leaving, the bar stands still."""
     return closing(_follow(pieces, log, what, total))
