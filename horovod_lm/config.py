@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,8 +24,52 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Data(_Section):
-    """`[data]`: the corpus, its tokenizer and its split."""
+Format = Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "glue", "squad", "tmx", "story"]
+Documents = Literal["paragraph", "line", "file"]
+_Strings = Annotated[tuple[str, ...], Field(strict=False)]  # a list will do for a tuple
+
+
+class _Corpus(_Section):
+    """Files, and what a document is in them."""
+
+    format: Format = Field("auto", description="of the files; auto: by their names")
+    documents: Documents = Field(
+        "paragraph",
+        description="what one document of running text is; paragraphs end at an empty line",
+    )
+    fields: _Strings = Field((), description="of records, in this order; default: the usual ones")
+    parallel: bool = Field(False, description="the two fields are a source and its target")
+    target: _Strings = Field(
+        (), description="files whose lines are the translations of those of text"
+    )
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.target and self.format not in ("auto", "text"):
+            raise ValueError(
+                f"target = {list(self.target)} is for running text, not for format = "
+                f'"{self.format}"; leave target out and set parallel = true'
+            )
+        if self.parallel and self.fields and len(self.fields) != 2:
+            raise ValueError(
+                f"parallel = true takes two fields, a source and its target, and fields has "
+                f"{len(self.fields)}"
+            )
+        return self
+
+
+class Source(_Corpus):
+    """`[[data.sources]]`: one of several corpora."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]{1,40}$", description="of 1 to 40 letters, digits, - and _"
+    )
+    text: _Strings = Field(min_length=1, description="as data.text")
+    weight: float = Field(1.0, ge=0, le=1e9, description="of its documents, in mixing")
+
+
+class Data(_Corpus):
+    """`[data]`: the corpus (or several), its tokenizer and its split."""
 
     text: tuple[str, ...] = Field(
         ("corpus:wikipedia-introductions",),
@@ -33,13 +77,81 @@ class Data(_Section):
         strict=False,  # a list will do for a tuple
         description="files, folders, globs (relative to the config file), or corpus:NAME",
     )
-    documents: Literal["paragraph", "line", "file"] = Field(
-        "paragraph", description="what one document is; paragraphs end at an empty line"
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = Field(
+        (), description="several corpora, instead of text"
     )
+    temperature: float = Field(1.0, gt=0, le=100, description="of mixing; above 1: more evenly")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="what a broken place in a file leads to"
+    )
+    tokenizer: str = Field(
+        "bpe",
+        min_length=1,
+        description="bpe, wordpiece, unigram or characters, trained on the text, or the path of a "
+        "tokenizer.json",
+    )
+    normalise: Annotated[
+        tuple[Literal["nfc", "nfd", "nfkc", "nfkd", "lowercase", "strip_accents"], ...],
+        Field(strict=False),
+    ] = Field((), description="what is done to text first, in this order")
+    special: Annotated[
+        tuple[Literal["padding", "mask", "classify", "separate", "begin"], ...],
+        Field(strict=False),
+    ] = Field((), description="special tokens of a trained tokenizer; wordpiece has BERT's")
+    sentinels: int = Field(0, ge=0, le=10_000, description="<extra_id_...> of a trained tokenizer")
     vocabulary: int = Field(8192, ge=257, le=2**20, description="size of the trained tokenizer")
     validation_fraction: float = Field(
         0.05, gt=0, lt=1, description="share of documents, the last ones, kept for validation"
     )
+    workers: int | None = Field(
+        None, ge=1, le=1024, description="processes that tokenise; default: as many as cores"
+    )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the tokenizer is trained here, and not loaded."""
+        return self.tokenizer in TOKENIZERS
+
+    @model_validator(mode="after")
+    def _one_corpus_or_several(self) -> Data:
+        given = self.model_fields_set & {"text", *_Corpus.model_fields}
+        changed = [key for key in sorted(given) if getattr(self, key) != _default(Data, key)]
+        if self.sources and changed:
+            raise ValueError(
+                f"{changed[0]} belongs into each [[data.sources]] where there are some; it is set "
+                "beside them"
+            )
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f'two sources are called "{twice}"; give each a name of its own')
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_tokenizer(self) -> Data:
+        own = [key for key in ("normalise", "special", "sentinels") if getattr(self, key)]
+        if not self.is_trained and own:
+            raise ValueError(
+                f"{own[0]} is for a tokenizer that is trained here; that of {self.tokenizer} is "
+                f"taken as it is, so leave {own[0]} out"
+            )
+        # The bytes, the end of a text, and what WordPiece has beside them.
+        least = 262 + len(self.special) + self.sentinels
+        if self.sentinels and self.vocabulary < least:
+            raise ValueError(
+                f"vocabulary = {self.vocabulary} has no room for sentinels = {self.sentinels}; "
+                f"it must be at least {least}"
+            )
+        if (self.special or self.tokenizer == "wordpiece") and self.vocabulary < least:
+            raise ValueError(f"vocabulary = {self.vocabulary} is too small; take at least {least}")
+        return self
+
+
+TOKENIZERS = ("bpe", "wordpiece", "unigram", "characters")
+
+
+def _default(section: type[BaseModel], key: str) -> Any:
+    return section.model_fields[key].default
 
 
 class Train(_Section):
@@ -258,9 +370,10 @@ class Config(_Section):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: all but `launch`, `output` and the name."""
-        values = self.model_dump(mode="json", exclude={"launch", "output", "name"})
-        return values
+        """What makes this run this run: all but `launch`, `output`, `data.workers` and the name."""
+        # However many processes tokenise, the same data comes out.
+        apart: Any = {"launch": True, "output": True, "name": True, "data": {"workers"}}
+        return self.model_dump(mode="json", exclude=apart)
 
     @property
     def digest(self) -> str:
@@ -318,7 +431,7 @@ def known_keys() -> list[str]:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, validate.
 
-    Relative paths in `data.text` and `train.start_from` become absolute, from the config file's
+    Relative paths in `[data]` and `train.start_from` become absolute, from the config file's
     folder. Raises
     `UserError` with one message that names every fault.
     """
@@ -355,11 +468,28 @@ def make_config(values: Mapping[str, Any], where: str, base: Path | None = None)
         raise UserError("\n".join(_explain(error, where))) from None
     if base is None:
         return config
-    text = tuple(t if t.startswith("corpus:") else str(base / t) for t in config.data.text)
-    config = with_keys(config, data={"text": text})
+    config = with_keys(config, data=_absolute(config.data, base))
     if config.train.start_from is None:
         return config
     return with_keys(config, train={"start_from": str(base / config.train.start_from)})
+
+
+def _absolute(data: Data, base: Path) -> dict[str, Any]:
+    """The paths of `data`, from the folder `base`."""
+
+    def texts(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(t if t.startswith("corpus:") else str(base / t) for t in names)
+
+    sources = tuple(
+        source.model_copy(update={"text": texts(source.text), "target": texts(source.target)})
+        for source in data.sources
+    )
+    return {
+        "text": texts(data.text),
+        "target": texts(data.target),
+        "sources": sources,
+        "tokenizer": data.tokenizer if data.is_trained else str(base / data.tokenizer),
+    }
 
 
 def with_keys(config: Config, **sections: Mapping[str, Any]) -> Config:
@@ -417,6 +547,10 @@ def _explain(error: ValidationError, where: str) -> list[str]:
     return lines
 
 
+def _alternatives(kind: Any) -> str:
+    return " or ".join(f'"{value}"' for value in get_args(kind))
+
+
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 _BOUNDS = {
     "ge": "at least",
@@ -433,22 +567,25 @@ def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
     path = []
     for part in location:
         path.append(str(part))
-        if isinstance(part, int):  # of a list of tables, which is a list of what `model` is
+        if isinstance(part, int):  # of a list of sections
             continue
         info = model.model_fields[part]
         kind: Any = info.annotation
-        if get_origin(kind) is tuple and issubclass(get_args(kind)[0], BaseModel):
-            kind = get_args(kind)[0]
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
-        model = kind
+        model = inner
     else:
-        many = get_origin(info.annotation) is tuple and isinstance(location[-1], str)
-        return ".".join(path), "a list of tables of keys" if many else "a section of keys"
+        is_list = get_origin(kind) is tuple and not isinstance(location[-1], int)
+        return ".".join(path), "a list of sections" if is_list else "a section of keys"
     if get_origin(kind) is Literal:
-        return ".".join(path), " or ".join(f'"{value}"' for value in get_args(kind))
+        return ".".join(path), _alternatives(kind)
     if get_origin(kind) is tuple:
-        return ".".join(path), "a list of one or more strings"
+        inner = get_args(kind)[0]
+        if get_origin(inner) is Literal:
+            return ".".join(path), f"a list of {_alternatives(inner)}"
+        some = "one or more " if any(getattr(r, "min_length", 0) for r in info.metadata) else ""
+        return ".".join(path), f"a list of {some}strings"
     plain = next(k for k in (get_args(kind) or (kind,)) if k is not type(None))
     words = [_KINDS[plain]]
     for rule in info.metadata:
@@ -476,7 +613,8 @@ def to_toml(config: Config) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, dict):  # whose keys are plain names
-        return "{" + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, dict):
+        keys = (f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
+        return "{ " + ", ".join(keys) + " }"
     # JSON writes strings, numbers and booleans as TOML reads them, but for this one character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

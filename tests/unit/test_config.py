@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.config import Config, known_keys, load_config, make_config, to_toml
@@ -106,6 +106,54 @@ def test_a_whole_number_will_do_for_a_real_one(tmp_path):
             'model.preset: there is no preset "bert-bsae"; known: transformer-base, ',
         ),
         ("[model]\npreset = 3", "model.preset: there is no preset"),
+            "[data]\nformat = 'xml'",
+            """data.format = 'xml' is not allowed; it must be "auto" or "text" or "jsonl" or""",
+        ),
+        (
+            "[data]\nnormalise = ['nfq']",
+            """data.normalise.0 = 'nfq' is not allowed; data.normalise must be a list of "nfc\"""",
+        ),
+        ("[data]\nsources = 3", "data.sources = 3 is not allowed; it must be a list of sections"),
+        (
+            "[data]\nsources = [3]",
+            "data.sources.0 = 3 is not allowed; it must be a section of keys",
+        ),
+        (
+            "[[data.sources]]\nname = 'a'\ntext = []",
+            "data.sources.0.text = [] is not allowed; it must be a list of one or more strings",
+        ),
+        (
+            "[[data.sources]]\nname = 'a'\ntext = ['a']\nweight = -1",
+            "data.sources.0.weight = -1 is not allowed; it must be a number, at least 0",
+        ),
+        (
+            "[[data.sources]]\nname='a'\ntext=['a']\n[[data.sources]]\nname='a'\ntext=['b']",
+            'data: two sources are called "a"; give each a name of its own',
+        ),
+        (
+            "[data]\ntext = ['a']\n[[data.sources]]\nname = 'a'\ntext = ['a']",
+            "data: text belongs into each [[data.sources]] where there are some",
+        ),
+        (
+            "[data]\nformat = 'jsonl'\ntarget = ['a.de']",
+            """data: target = ['a.de'] is for running text, not for format = "jsonl"; leave""",
+        ),
+        (
+            "[data]\nparallel = true\nfields = ['a']",
+            "data: parallel = true takes two fields, a source and its target, and fields has 1",
+        ),
+        (
+            "[data]\ntokenizer = 'my.json'\nsentinels = 3",
+            "data: sentinels is for a tokenizer that is trained here; that of my.json is taken as",
+        ),
+        (
+            "[data]\nvocabulary = 300\nsentinels = 100",
+            "data: vocabulary = 300 has no room for sentinels = 100; it must be at least 362",
+        ),
+        (
+            "[data]\nvocabulary = 257\ntokenizer = 'wordpiece'",
+            "data: vocabulary = 257 is too small; take at least 262",
+        ),
         ("steps", "is not valid TOML: "),
         ("[train]\nsteps = 3\nsteps = 4", "is not valid TOML: "),
     ],
@@ -166,6 +214,30 @@ def test_overrides_make_sections_and_the_last_one_counts(tmp_path):
     config = load_config(path, ['data.text=["a.txt", "corpus:some"]', "launch.hosts=a:1,b:1"])
     assert config.data.text == (str(tmp_path.resolve() / "a.txt"), "corpus:some")
     assert config.launch.hosts == "a:1,b:1"
+
+
+def test_paths_of_the_data_are_from_the_folder_of_the_file(tmp_path):
+    text = """
+        [data]
+        tokenizer = "my/tokenizer.json"
+        [[data.sources]]
+        name = "pairs"
+        text = ["a.en", "corpus:some"]
+        target = ["a.de", "b.de"]
+        weight = 2
+    """
+    folder = tmp_path.resolve()
+    data = load_config(write(tmp_path, text)).data
+    assert data.tokenizer == str(folder / "my/tokenizer.json")
+    assert data.sources[0].text == (str(folder / "a.en"), "corpus:some")
+    assert data.sources[0].target == (str(folder / "a.de"), str(folder / "b.de"))
+    assert load_config(write(tmp_path, "data.tokenizer = 'unigram'")).data.tokenizer == "unigram"
+
+
+def test_workers_do_not_make_another_run(tmp_path):
+    config = load_config(write(tmp_path, ""))
+    other = load_config(write(tmp_path, "[data]\nworkers = 3"))
+    assert config.digest == other.digest and config.trajectory == other.trajectory
 
 
 @pytest.mark.parametrize(
@@ -288,7 +360,10 @@ overrides = st.fixed_dictionaries(
             {},
             optional={
                 "text": st.lists(words, min_size=1, max_size=3),
-                "vocabulary": st.integers(257, 2**20),
+                "vocabulary": st.integers(300, 2**20),
+                "tokenizer": st.sampled_from(["bpe", "wordpiece"]),
+                "normalise": st.lists(st.sampled_from(["nfc", "lowercase"]), max_size=2),
+                "target": st.lists(words, max_size=2),
             },
         ),
         "train": st.fixed_dictionaries(
@@ -302,6 +377,33 @@ overrides = st.fixed_dictionaries(
         "launch": st.fixed_dictionaries({}, optional={"hosts": st.none() | words}),
     },
 )
+
+
+sources = st.lists(
+    st.fixed_dictionaries(
+        {
+            "name": st.from_regex(r"[A-Za-z0-9_-]{1,40}", fullmatch=True),
+            "text": st.lists(words, min_size=1, max_size=2),
+        },
+        optional={
+            "fields": st.lists(words, max_size=2),
+            "format": st.sampled_from(["jsonl", "tmx"]),
+            "parallel": st.just(False),
+            "weight": st.floats(0, 1e9),
+        },
+    ),
+    max_size=3,
+    unique_by=lambda source: source["name"],
+)
+
+
+@settings(deadline=None)
+@given(sources=sources)
+def test_several_sources_are_read_back_equal(tmp_path_factory, sources):
+    folder = tmp_path_factory.getbasetemp()
+    config = make_config({"data": {"sources": sources}}, "test", base=Path("/corpora"))
+    again = load_config(write(folder, to_toml(config), "sources.toml"))
+    assert again == config and again.digest == config.digest
 
 
 @given(values=overrides)
