@@ -32,6 +32,8 @@ class Tokenizer:
         if end is None:
             raise ValueError(f"it has no token {END_OF_TEXT}")
         self.end: int = end
+        self.special: dict[str, int] = {}
+        self.sentinels: list[int] = []
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -62,6 +64,12 @@ class Tokenizer:
                 f"the tokenizer {path} can't be read ({error}); delete its folder and run "
                 "`horovod-lm prepare` again"
             ) from None
+
+    @property
+    def pieces(self) -> list[str]:
+        """The tokens as the tokenizer writes them, by id."""
+        ids = range(self.vocabulary)
+        return [self._tokenizer.id_to_token(number) or "" for number in ids]
 
     def save(self, path: Path) -> None:
         """Write it as the JSON of the `tokenizers` library."""
