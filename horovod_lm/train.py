@@ -423,8 +423,19 @@ def listening(run: Run) -> Iterator[None]:
 def split_feeds(config: Config, prepared: Prepared, split: Split) -> list[Feed]:
     """What the objectives of `config` read of one split of the prepared data. Raises `UserError`
     for what they need and is not there."""
-    corpora = [Corpus("", getattr(prepared, split))]
-    return make_feeds(config, corpora, prepared.tokenizer, split)
+    return make_feeds(config, _corpora(prepared, split), prepared.tokenizer, split)
+
+
+def _corpora(prepared: Prepared, split: Split) -> list[Corpus]:
+    sources = getattr(prepared, "sources", None)
+    if sources is None:
+        return [Corpus("corpus", getattr(prepared, split))]
+    found = []
+    for source in sources.values():
+        streams = getattr(source, split)
+        tokens = streams["target"] if "target" in streams else streams["text"]
+        found.append(Corpus(source.name, tokens, streams.get("source")))
+    return found
 
 
 def all_feeds(config: Config, prepared: Prepared) -> dict[Split, list[Feed]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from horovod_lm.data.shards import TokenStream
+from horovod_lm.data.stream import TokenStream
 
 _OPEN_STATES = 1024  # rows of how many different rooms wait for a piece
 

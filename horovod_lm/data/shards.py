@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,16 +15,6 @@ _INDEX_TYPE = np.dtype("<i8")
 def token_type(vocabulary: int) -> np.dtype:
     """The smallest type that holds every id, little-endian on every machine."""
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
-
-
-class TokenStream(Protocol):
-    """What is read of a stream of token ids: see `Tokens`."""
-
-    documents: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, count: int) -> np.ndarray: ...
 
 
 class Tokens:

@@ -32,8 +32,8 @@ class Tokenizer:
         if end is None:
             raise ValueError(f"it has no token {END_OF_TEXT}")
         self.end: int = end
-        self.special: dict[str, int] = {}
-        self.sentinels: list[int] = []
+        self.special: dict[str, int] = {"end": end}
+        self.sentinels: tuple[int, ...] = ()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -66,10 +66,10 @@ class Tokenizer:
             ) from None
 
     @property
-    def pieces(self) -> list[str]:
-        """The tokens as the tokenizer writes them, by id."""
-        ids = range(self.vocabulary)
-        return [self._tokenizer.id_to_token(number) or "" for number in ids]
+    def starts_word(self) -> np.ndarray:
+        """(vocabulary,) bool: whether an id begins a word; the others go on with the one before."""
+        pieces = (self._tokenizer.id_to_token(number) for number in range(self.vocabulary))
+        return np.array([str(piece).startswith("Ġ") for piece in pieces])
 
     def save(self, path: Path) -> None:
         """Write it as the JSON of the `tokenizers` library."""

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from horovod_lm.data.shards import TokenStream
+from horovod_lm.data.stream import TokenStream
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Tokenizer(Protocol):
     """What objectives ask of a tokenizer.
 
     `special` are the ids of padding, mask, classify, separate and begin, as far as there are such
-    tokens; `sentinels` those that stand for spans, in order; `pieces` (vocabulary,) the tokens as
-    the tokenizer writes them.
+    tokens; `sentinels` those that stand for spans, in order; `starts_word` (vocabulary,) bool says
+    which ids begin a word.
     """
 
     vocabulary: int
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     def sentinels(self) -> Sequence[int]: ...
 
     @property
-    def pieces(self) -> Sequence[str]: ...
+    def starts_word(self) -> np.ndarray: ...
 
     def decode(self, ids: np.ndarray) -> str: ...
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from horovod_lm.data.packing import document_pieces, ends_within, windows
 from horovod_lm.objectives import Corpus, Example, LossKind, Objective, Targets, Tokenizer
-from horovod_lm.objectives.words import need, ordinary, word_starts
+from horovod_lm.objectives.words import need, ordinary
 from horovod_lm.randomness import Keys, fractions
 
 
@@ -32,7 +32,7 @@ class Masking:
         self.loss, self.options = loss, options
         (self._mask,) = need(tokenizer, "masked_lm", "mask")
         self._ordinary = ordinary(tokenizer)
-        self._starts = word_starts(tokenizer.pieces) if options.whole_words else None
+        self._starts = tokenizer.starts_word if options.whole_words else None
 
     def places(self, candidates: np.ndarray) -> np.ndarray:
         """The number of targets among so many candidates (…,)."""

@@ -13,7 +13,7 @@ from horovod_lm.config import Config, Objective
 from horovod_lm.data.feeds import Feed
 from horovod_lm.data.layout import Buckets, Layout, Packed, Single
 from horovod_lm.data.mixing import proportions
-from horovod_lm.data.shards import TokenStream
+from horovod_lm.data.stream import TokenStream
 from horovod_lm.errors import UserError
 from horovod_lm.objectives import Corpus, LossKind, Tokenizer
 from horovod_lm.objectives import Objective as Examples
@@ -138,7 +138,7 @@ class _Maker:
             if not len(objective.lengths):
                 raise UserError(
                     f"objective {table.name} finds no example in the {self.split} documents of "
-                    f"{corpus.name or 'data.text'}: they are too short; give more text, or a "
+                    f"{corpus.name}: they are too short; give more text, or a "
                     "smaller model.context"
                 )
         shape = self._shape(made)
@@ -154,20 +154,21 @@ class _Maker:
                 f'objective {table.name}: there is no source "{unknown[0]}" in [[data.sources]]; '
                 f"there are: {', '.join(names)}"
             )
-        return [
-            corpus for corpus in self.corpora if not table.source or corpus.name in table.source
-        ]
+        chosen = [corpus for corpus in self.corpora if corpus.name in (table.source or names)]
+        chosen = [corpus for corpus in chosen if self._weights.get(corpus.name, 1.0) > 0]
+        if not chosen:
+            raise UserError(f"objective {table.name}: all of its data.sources have weight 0")
+        return chosen
+
+    @cached_property
+    def _weights(self) -> dict[str, float]:
+        sources: Any = getattr(self.config.data, "sources", ())
+        return {source.name: source.weight for source in sources}
 
     def _mixture(self, corpora: Sequence[Corpus]) -> np.ndarray:
-        """The share of each corpus: its weight if the config gives them, else by its tokens and
-        data.temperature."""
-        data: Any = self.config.data
-        weights = {source.name: source.weight for source in getattr(data, "sources", ())}
-        given = [weights.get(corpus.name) for corpus in corpora]
-        if all(weight is not None for weight in given):
-            return proportions([float(weight or 0) for weight in given], 1.0)
-        sizes = [len(corpus.tokens) for corpus in corpora]
-        return proportions(sizes, getattr(data, "temperature", 1.0))
+        """The share of each corpus, by its tokens, its weight and data.temperature."""
+        sizes = [len(corpus.tokens) * self._weights.get(corpus.name, 1.0) for corpus in corpora]
+        return proportions(sizes, getattr(self.config.data, "temperature", 1.0))
 
     def _objective(self, table: Objective, corpus: Corpus) -> Examples:
         keys = Keys(

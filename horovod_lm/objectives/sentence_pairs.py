@@ -55,7 +55,7 @@ class SentencePairs(Objective):
         if len(documents) == 0 or (not swap and documents[0] == documents[-1]):
             raise UserError(
                 f"objective {loss.name} needs two documents of at least two tokens, and the corpus "
-                f"{corpus.name or 'of data.text'} has less; give more text, or another "
+                f"{corpus.name} has less; give more text, or another "
                 "data.documents"
             )
         self.losses = (masking.loss, loss) if masking else (loss,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from horovod_lm.data.packing import document_lengths
-from horovod_lm.data.shards import TokenStream
+from horovod_lm.data.stream import TokenStream
 from horovod_lm.errors import UserError
 from horovod_lm.objectives import Corpus, Example, LossKind, Objective, Targets, Tokenizer
 from horovod_lm.objectives.span_corruption import shifted
@@ -23,7 +23,7 @@ class SequenceToSequence(Objective):
     def __init__(self, corpus: Corpus, room: int, tokenizer: Tokenizer, *, loss: LossKind) -> None:
         if corpus.source is None:
             raise UserError(
-                f"objective {loss.name} needs parallel text, and {corpus.name or 'data.text'} has "
+                f"objective {loss.name} needs parallel text, and {corpus.name} has "
                 "one side only; give it in two streams, source and target"
             )
         self._sides = corpus.source, corpus.tokens
@@ -31,7 +31,7 @@ class SequenceToSequence(Objective):
         sizes = [document_lengths(side) for side in self._sides]
         if len(sizes[0]) != len(sizes[1]):
             raise UserError(
-                f"the source of {corpus.name or 'data.text'} has {len(sizes[0]):,} documents, and "
+                f"the source of {corpus.name} has {len(sizes[0]):,} documents, and "
                 f"its target {len(sizes[1]):,}; they must be as many"
             )
         lengths = np.stack(sizes, axis=1)

@@ -1,30 +1,14 @@
-"""Where words start and sentences end, by token id."""
+"""What objectives ask about token ids: which are special, and which end a sentence."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from horovod_lm.errors import UserError
 from horovod_lm.objectives import Tokenizer
 
-_CONTINUES = "##"  # WordPiece
-_SPACES = ("▁", "Ġ")  # Unigram, byte-level BPE
 _SENTENCE_ENDS = tuple(".!?…。！？؟।\n")
 _CLOSING = "\"'”’»)]」』"
-
-
-def word_starts(pieces: Sequence[str]) -> np.ndarray:
-    """(V,) bool: whether a token begins a word, from how the tokenizer writes its `pieces`: those
-    that go on begin with ## (WordPiece), or those that begin do with a mark for the space before
-    (Unigram, byte-level BPE); of characters, a space does."""
-    if any(piece.startswith(_CONTINUES) and len(piece) > 2 for piece in pieces):
-        return np.array([not piece.startswith(_CONTINUES) for piece in pieces])
-    for space in _SPACES:
-        if any(piece.startswith(space) and len(piece) > 1 for piece in pieces):
-            return np.array([piece.startswith(space) for piece in pieces])
-    return np.array([piece.isspace() or piece in _SPACES for piece in pieces])
 
 
 def sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
