@@ -157,15 +157,13 @@ class Denoising(Objective):
         # Poisson variables of a known sum are multinomial.
         lengths = np.bincount((drawn[:noise] * spans).astype(np.int64), minlength=spans)
         # No two spans touch: each has a gap of its own among the tokens that stay.
-        gaps = np.argsort(drawn[len(text) :][: len(text) - noise + 1], kind="stable")[:spans]
-        starts = np.sort(gaps) + np.cumsum(lengths) - lengths
+        order = np.argsort(drawn[len(text) :][: len(text) - noise + 1], kind="stable")
+        gaps = np.sort(order[:spans])
+        starts = gaps + np.cumsum(lengths) - lengths
         inside = np.zeros(len(text) + 1, dtype=np.int64)
         np.add.at(inside, starts, 1)
         np.add.at(inside, starts + lengths, -1)
-        kept = np.cumsum(inside)[:-1] == 0
-        # A mask stands before what follows its span.
-        before = np.cumsum(np.concatenate([[0], kept]))[starts]
-        return np.insert(text[kept], before, self._mask)
+        return np.insert(text[np.cumsum(inside)[:-1] == 0], gaps, self._mask)
 
     def _spans(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens to take out of texts of `lengths`, and in how many spans."""

@@ -102,8 +102,8 @@ def assembled(all_ranks, step):
             for i, row in enumerate(micro.rows.tolist()):
                 assert row not in rows
                 rows[row] = content(micro, i)
-                if not any(np.asarray(loss.weights[i]).any() for loss in micro.losses):
-                    assert not micro.inputs["tokens"][i].any()
+                if not micro.inputs["tokens"][i].any():
+                    assert not any(np.asarray(loss.weights[i]).any() for loss in micro.losses)
                     empty += 1
     assert len({(b.targets, b.real, b.computed, str(b.factors)) for b in taken}) == 1
     return rows, sums, empty, taken[0]

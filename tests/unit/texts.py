@@ -53,7 +53,7 @@ class Words:
         return np.arange(self.vocabulary) % 3 != 0
 
     def decode(self, ids):
-        return " ".join(f"w{number}" + "." * (number >= STOP) for number in np.asarray(ids))
+        return " ".join(f"w{number}" + "." * int(number >= STOP) for number in np.asarray(ids))
 
 
 def lengths_of_text(count, seed, longest=300):
