@@ -36,8 +36,9 @@ def shifted(target: np.ndarray, start: int) -> np.ndarray:
 class SpanCorruption(Objective):
     """T5's objective (Raffel et al., 2020, section 3.1.4): of n tokens round(n x `density`) are
     taken out, in spans of `mean_span` tokens on average. In the source a sentinel stands for each
-    span; the target is each sentinel and what it stands for; both close with end-of-text. As in
-    T5's own code, a text begins with a kept token and ends with a span."""
+    span; the target is each sentinel and what it stands for; both close with end-of-text. Spans may
+    be anywhere: in T5's own code the last one ends the text, which leaves a short text with one
+    span no choice."""
 
     streams = ("source", "tokens")
     both_sides = ("source",)
@@ -75,16 +76,20 @@ class SpanCorruption(Objective):
         text = self._tokens.read(start, length)
         noise, spans = (int(count) for count in self._spans(np.array(length)))
         drawn = fractions(self._keys(number, epoch), length)[0]
-        kept_lengths = _parts(length - noise, spans, drawn[: length - noise - 1])
-        noise_lengths = _parts(noise, spans, drawn[length - noise :][: noise - 1])
+        kept, lost = drawn[: length - noise + 1], drawn[length - noise + 1 :]
+        # What is kept stands before, between and behind the spans; before and behind it may be none.
+        kept_lengths = _parts(length - noise + 2, spans + 1, kept)
+        kept_lengths[[0, -1]] -= 1
+        noise_lengths = np.append(_parts(noise, spans, lost), 0)
         edges = np.cumsum(np.stack([kept_lengths, noise_lengths], axis=1).ravel())
         source: list[np.ndarray] = []
         target: list[np.ndarray] = []
-        stretches = np.split(text, edges[:-1])
-        for index, (kept, lost) in enumerate(zip(stretches[::2], stretches[1::2], strict=True)):
+        stretches = np.split(text, edges[:-2])
+        for index in range(spans):
             sentinel = self._sentinels[index : index + 1]
-            source += [kept, sentinel]
-            target += [sentinel, lost]
+            source += [stretches[2 * index], sentinel]
+            target += [sentinel, stretches[2 * index + 1]]
+        source.append(stretches[-1])
         end = np.array([self._tokenizer.end], dtype=np.int32)
         return _pair(np.concatenate([*source, end]), np.concatenate([*target, end]), self)
 

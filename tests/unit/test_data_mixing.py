@@ -58,4 +58,4 @@ def test_golden_values():
     assert (sources.tolist(), epochs.tolist(), units.tolist()) == GOLDEN
 
 
-GOLDEN = ([], [], [])
+GOLDEN = ([1, 1, 1, 0, 0, 1], [1530, 250, 1100, 477, 2003, 899], [2, 14, 1, 7, 9, 14])
