@@ -16,6 +16,8 @@ from horovod_lm.data.sampler import Sampler
 from horovod_lm.objectives import Objective
 from horovod_lm.randomness import Keys
 
+_GRADES = 256  # of lengths, that buckets are cut between
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -80,10 +82,30 @@ class Packed:
         return Rows(self.packing.order[places], bounds, self.shape, self.places)
 
 
+def least_padding(counts: np.ndarray, buckets: int) -> list[int]:
+    """The largest length of each of at most `buckets` buckets, rising, so that the sum over all
+    examples of the largest length of their bucket is least; `counts[n]` are those of length n."""
+    grades = len(counts)
+    before = np.concatenate([[0], np.cumsum(counts)])[:, None]
+    # Of one bucket with the lengths from i to j - 1.
+    costs = (before.T - before) * np.maximum(np.arange(grades + 1) - 1, 0)
+    costs = np.where(np.arange(grades + 1)[:, None] < np.arange(grades + 1), costs, 2**62)
+    best, choices = costs[0], []
+    for _ in range(min(buckets, grades) - 1):
+        sums = np.minimum(best, 2**61)[:, None] + costs
+        choices.append(sums.argmin(axis=0))
+        best = sums.min(axis=0)
+    edges = [grades]
+    for choice in reversed(choices):
+        edges.append(int(choice[edges[-1]]))
+    return sorted({edge - 1 for edge in edges if edge > 0})
+
+
 class Buckets:
-    """Examples of about the same length together: `count` buckets of equal width, each with rows as
-    long as its longest example and as many as `tokens` allow. A unit is a batch; in each epoch a
-    bucket deals its examples in another order, and its last batch may have fewer rows."""
+    """Examples of about the same length together: at most `count` buckets, cut so that all have the
+    least padding. The rows of a bucket are as long as its longest example, and those of a batch as
+    many as `tokens` allow. A unit is a batch; in each epoch a bucket deals its examples in another
+    order, and its last batch may have fewer rows."""
 
     packed = False
 
@@ -92,7 +114,9 @@ class Buckets:
     ) -> None:
         lengths = objective.lengths
         share = (lengths / np.array(shape)).max(axis=1)
-        bucket = np.minimum(np.ceil(share * count).astype(np.int64), count) - 1
+        grade = np.ceil(share * _GRADES).astype(np.int64)
+        counts = np.bincount(grade, minlength=_GRADES + 1)
+        bucket = np.searchsorted(least_padding(counts, count), grade)
         order = np.argsort(bucket, kind="stable")
         edges = np.searchsorted(bucket[order], np.arange(count + 1))
         self._members = [

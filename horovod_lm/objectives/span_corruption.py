@@ -77,7 +77,7 @@ class SpanCorruption(Objective):
         noise, spans = (int(count) for count in self._spans(np.array(length)))
         drawn = fractions(self._keys(number, epoch), length)[0]
         kept, lost = drawn[: length - noise + 1], drawn[length - noise + 1 :]
-        # What is kept stands before, between and behind the spans; before and behind it may be none.
+        # What is kept stands between the spans, and may before and behind them.
         kept_lengths = _parts(length - noise + 2, spans + 1, kept)
         kept_lengths[[0, -1]] -= 1
         noise_lengths = np.append(_parts(noise, spans, lost), 0)

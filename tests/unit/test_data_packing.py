@@ -1,8 +1,11 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from horovod_lm.data.layout import least_padding
 from horovod_lm.data.packing import document_pieces, ends_within, pack, windows
 from tests.unit.texts import END, Stream, lengths_of_text
 
@@ -82,3 +85,21 @@ def test_ends_of_documents_are_counted_from_the_index(room):
         for pair in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True)
     ]
     assert ends_within(stream, pieces.starts, pieces.lengths).tolist() == counted
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=9), st.integers(1, 4))
+def test_buckets_have_the_least_padding(counts, buckets):
+    lengths = np.repeat(np.arange(len(counts)), counts)
+
+    def computed(edges):
+        return sum(edges[np.searchsorted(edges, length)] for length in lengths)
+
+    edges = least_padding(np.array(counts), buckets)
+    assert len(edges) <= buckets and edges[-1] == len(counts) - 1 and edges == sorted(set(edges))
+    inner = range(len(counts) - 1)
+    others = [
+        [*some, len(counts) - 1]
+        for number in range(min(buckets, len(counts)))
+        for some in combinations(inner, number)
+    ]
+    assert computed(edges) == min(computed(other) for other in others)
