@@ -24,6 +24,7 @@ from horovod_lm.config import Config, with_keys
 from horovod_lm.data.batches import Batches
 from horovod_lm.data.prepare import Log, Prepared, prepare
 from horovod_lm.errors import UserError
+from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.parity.measure import TOLERANCES, UNIT_ROUNDOFF, Squares
 from horovod_lm.parity.places import backward_order
 from horovod_lm.parity.result import Kind, Place, Result
@@ -141,7 +142,11 @@ def batch(config: Config, prepared: Prepared, rows: int) -> list[MicroBatch]:
     chance, and less in the first micro-batch: who ignores weights, or takes a mean over a
     micro-batch, gets another loss and other gradients."""
     config = with_keys(config, train={"global_batch_size": rows})
-    feeds = split_feeds(config, prepared, "train")
+    seed, context = config.train.seed, config.model.context
+    # Without an objective any model is compared, also one that could not be trained so.
+    feeds = causal_windows(prepared.train, context, rows, seed)
+    if config.objective:
+        feeds = split_feeds(config, prepared, "train")
     batches = Batches(feeds, micro_batch_size=-(-rows // 2), rank=0, ranks=1)
     micros = batches[0].micros
     weights: list[list[np.ndarray]] = []
