@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from horovod_lm.errors import UserError
+from horovod_lm.objectives.options import COMMON, NEEDS, ObjectiveName
 from horovod_lm.optimizers import KEYS, OptimizerName
 from horovod_lm.presets import preset
 from horovod_lm.spec import ModelSpec
@@ -152,6 +153,127 @@ TOKENIZERS = ("bpe", "wordpiece", "unigram", "characters")
 
 def _default(section: type[BaseModel], key: str) -> Any:
     return section.model_fields[key].default
+
+
+class Batching(_Section):
+    """`[batching]`: how text fills rows."""
+
+    kind: Literal["windows", "packed", "buckets"] = Field(
+        "windows",
+        description="windows of model.context tokens; whole documents packed into rows; documents "
+        "of about equal length together",
+    )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**40,
+        description="tokens of a global batch of buckets, padding included; default: those of "
+        "train.global_batch_size full rows",
+    )
+    buckets: int = Field(8, ge=1, le=1024, description="how many lengths of rows buckets have")
+
+    @model_validator(mode="after")
+    def _read(self) -> Batching:
+        if self.kind != "buckets":
+            for key in ("tokens", "buckets"):
+                value = getattr(self, key)
+                if value != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f'{key} = {value} means nothing to kind = "{self.kind}"; leave it out, or '
+                        'set kind = "buckets"'
+                    )
+        return self
+
+
+class Objective(_Section):
+    """One of the `[[objective]]` tables: what the model learns. A key that the objective does not
+    read (see `objectives.options`) is refused. Without any table: causal_lm."""
+
+    name: ObjectiveName = Field(description="what is predicted")
+    weight: float = Field(1.0, ge=0, le=1e6, description="factor on its loss")
+    schedule: tuple[Annotated[tuple[int, float], Field(strict=False)], ...] = Field(
+        (),
+        strict=False,
+        description="[[step, weight], …] in place of weight, linear between the steps",
+    )
+    source: tuple[str, ...] = Field(
+        (), strict=False, description="names of the data.sources that it reads; default: all"
+    )
+    share: float = Field(
+        1.0, gt=0, le=1e6, description="of the rows of a global batch, beside other objectives"
+    )
+    loss: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_]{0,39}$",
+        description="name of its loss; default: the objective's, and lm for causal_lm",
+    )
+    on: str | None = Field(
+        None, description="name of the loss whose rows it works on: masked words in sentence pairs"
+    )
+    probability: float = Field(0.15, gt=0, lt=1, description="share of tokens to be predicted")
+    masked: float = Field(0.8, ge=0, le=1, description="of these, share replaced by a mask")
+    randomised: float = Field(0.1, ge=0, le=1, description="of these, share replaced by any token")
+    whole_words: bool = Field(False, description="mask words whole")
+    density: float | None = Field(
+        None, gt=0, lt=1, description="share taken out; default: 0.15, of denoising 0.3"
+    )
+    mean_span: float = Field(3.0, ge=1, le=1000, description="mean length of a span, in tokens")
+    permute: bool = Field(True, description="also put sentences in another order")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="of labels (Szegedy et al., 2016)")
+    z_loss: float = Field(0.0, ge=0, le=1, description="factor on logsumexp squared")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("source"), str):
+            return {**values, "source": [values["source"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _read(self) -> Objective:
+        reads = NEEDS[self.name].reads
+        for key in self.unread:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} means nothing to {self.name}"
+                    + (f", which reads {', '.join(reads)}" if reads else "")
+                    + f"; leave {key} out"
+                )
+        steps = [step for step, _ in self.schedule]
+        if steps != sorted(set(steps)) or any(step < 0 for step in steps):
+            raise ValueError(f"schedule has steps {steps}, which must rise from 0 or more")
+        if any(weight < 0 for _, weight in self.schedule):
+            raise ValueError("schedule has a weight below 0")
+        if self.schedule and self.weight != 1:
+            raise ValueError("give weight or schedule, not both")
+        if self.masked + self.randomised > 1:
+            raise ValueError(
+                f"masked = {self.masked:g} and randomised = {self.randomised:g} are more than 1 "
+                "together"
+            )
+        return self
+
+    @property
+    def unread(self) -> list[str]:
+        """The keys that this objective does not read."""
+        read = (*COMMON, *NEEDS[self.name].reads)
+        return [key for key in type(self).model_fields if key not in read]
+
+    @property
+    def loss_name(self) -> str:
+        """The name of its loss in metrics."""
+        return self.loss or NEEDS[self.name].loss or self.name
+
+    def weight_at(self, step: int) -> float:
+        """The factor on its loss at `step`, from 0."""
+        if not self.schedule:
+            return self.weight
+        before = [point for point in self.schedule if point[0] <= step]
+        after = [point for point in self.schedule if point[0] > step]
+        if not before or not after:
+            return (before[-1:] or after[:1])[0][1]
+        (start, low), (stop, high) = before[-1], after[0]
+        return low + (high - low) * (step - start) / (stop - start)
 
 
 class Train(_Section):
@@ -319,6 +441,10 @@ class Config(_Section):
     )
     model: ModelSpec = ModelSpec()
     data: Data = Data()
+    batching: Batching = Batching()
+    objective: tuple[Objective, ...] = Field(
+        (), strict=False, description="the [[objective]] tables; none: causal_lm"
+    )
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -354,6 +480,66 @@ class Config(_Section):
             "data": {**data, "vocabulary": wanted},
         }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_of_objectives(cls, values: Any) -> Any:
+        """The model gets the head of each objective over sequences that it has not got."""
+        tables = values.get("objective", ()) if isinstance(values, Mapping) else ()
+        model = values.get("model", {}) if isinstance(values, Mapping) else {}
+        if not isinstance(tables, list | tuple) or not isinstance(model, Mapping):
+            return values
+        heads = model.get("task_heads", ())
+        if not isinstance(heads, list | tuple):
+            return values
+        names = {head.get("name") for head in heads if isinstance(head, Mapping)}
+        wanted = [str(table.get("name")) for table in tables if isinstance(table, Mapping)]
+        new = [
+            {"name": name, "outputs": NEEDS[name].outputs}
+            for name in dict.fromkeys(wanted)
+            if name in NEEDS and NEEDS[name].outputs and name not in names
+        ]
+        if not new:
+            return values
+        return {**values, "model": {**model, "task_heads": [*heads, *new]}}
+
+    @model_validator(mode="after")
+    def _objectives_fit(self) -> Config:
+        names = [table.loss_name for table in self.objective]
+        heads = {head.name: head for head in self.model.task_heads}
+        for table in self.objective:
+            needs, name = NEEDS[table.name], table.loss_name
+            fault = None
+            if names.count(name) > 1:
+                fault = f'two have a loss "{name}"; give one of them another loss = NAME'
+            elif self.model.kind != needs.kind:
+                fault = (
+                    f'it needs model.kind = "{needs.kind}", not "{self.model.kind}"; change the '
+                    "kind, or the objective"
+                )
+            elif needs.outputs and (
+                (heads[table.name].outputs, heads[table.name].over) != (needs.outputs, "sequence")
+            ):
+                fault = (
+                    f"its head in model.task_heads must have outputs = {needs.outputs} over "
+                    "sequence; leave the head out, and it is added"
+                )
+            elif self.batching.kind == "packed" and not needs.packed:
+                fault = (
+                    "its examples can't share a row, whose first token is judged; set "
+                    'batching.kind = "windows" or "buckets"'
+                )
+            elif table.on is not None and not self._carries(table.on):
+                fault = f'on = "{table.on}" must be the loss of a next_sentence or sentence_order'
+            if fault:
+                raise ValueError(f"objective {table.name}: {fault}")
+        riders = [table.on for table in self.objective if table.on is not None]
+        if len(riders) != len(set(riders)):
+            raise ValueError("objective: two work on the same rows; one may")
+        return self
+
+    def _carries(self, loss: str) -> bool:
+        return any(t.loss_name == loss and NEEDS[t.name].outputs for t in self.objective)
+
     @model_validator(mode="after")
     def _profiled_in_the_run(self) -> Config:
         steps = self.output.profiled
@@ -376,6 +562,17 @@ class Config(_Section):
         return self.model_dump(mode="json", exclude=apart)
 
     @property
+    def flat(self) -> dict[str, Any]:
+        """`identity` by `section.key`; the tables of objectives are one value."""
+        values: dict[str, Any] = {}
+        for section, keys in self.identity.items():
+            if isinstance(keys, Mapping):
+                values |= {f"{section}.{key}": value for key, value in keys.items()}
+            else:
+                values[section] = keys
+        return values
+
+    @property
     def digest(self) -> str:
         """SHA-256 of `identity`."""
         text = json.dumps(self.identity, sort_keys=True)
@@ -391,10 +588,9 @@ class Config(_Section):
         counts only where the schedule ends with it: then it stands as `schedule.updates`.
         """
         values = {
-            f"{section}.{key}": value
-            for section, keys in self.identity.items()
-            if section not in ("evaluation", "checkpoint")
-            for key, value in keys.items()
+            key: value
+            for key, value in self.flat.items()
+            if not key.startswith(("evaluation.", "checkpoint."))
         }
         steps = values.pop("train.steps")
         unread = [f"optimizer.{key}" for key in self.optimizer.unread]
@@ -564,7 +760,7 @@ _BOUNDS = {
 def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
     """The key of the field at `location` and, in words, the values that it may have."""
     model: type[BaseModel] = Config
-    path = []
+    path: list[str] = []
     for part in location:
         path.append(str(part))
         if isinstance(part, int):  # of a list of sections
@@ -584,6 +780,8 @@ def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
         inner = get_args(kind)[0]
         if get_origin(inner) is Literal:
             return ".".join(path), f"a list of {_alternatives(inner)}"
+        if inner is not str:
+            return ".".join(path), info.description or "a list"
         some = "one or more " if any(getattr(r, "min_length", 0) for r in info.metadata) else ""
         return ".".join(path), f"a list of {some}strings"
     plain = next(k for k in (get_args(kind) or (kind,)) if k is not type(None))
@@ -600,14 +798,23 @@ def to_toml(config: Config) -> str:
     out."""
     values = config.model_dump(mode="json")
     lines = [f"name = {_toml_value(values.pop('name'))}"]
-    for section, keys in values.items():
-        lines += ["", f"[{section}]"]
+    for section, keys in _titled(values):
+        lines += ["", section]
         for key, value in keys.items():
-            if (section, key) == ("train", "max_norm") and value is None:
+            if (section, key) == ("[train]", "max_norm") and value is None:
                 value = 0
             if value is not None:
                 lines.append(f"{key} = {_toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _titled(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The sections with their titles: one for each of a list of tables."""
+    for section, keys in values.items():
+        if isinstance(keys, Mapping):
+            yield f"[{section}]", keys
+        else:
+            yield from ((f"[[{section}]]", table) for table in keys)
 
 
 def _toml_value(value: Any) -> str:

@@ -136,6 +136,30 @@ def words(key: tuple[int, ...], indices: np.ndarray) -> np.ndarray:
     return (hashed >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
+class Keys:
+    """Keys of random numbers from (seed, name) and further numbers, by a 64-bit mixer."""
+
+    def __init__(self, seed: int, name: str) -> None:
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        self._base = np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64)
+
+    def __call__(self, *numbers: int | np.ndarray) -> np.ndarray:
+        """uint64 keys of `numbers`, not negative; arrays (M,) among them give a key each, and
+        without one it is (1,)."""
+        keys = self._base
+        for number in numbers:
+            part = np.atleast_1d(np.asarray(number)).astype(np.uint64)
+            keys = mix((keys + part) * _GOLDEN + _GOLDEN)
+        return keys
+
+
+def fractions(keys: np.ndarray, count: int) -> np.ndarray:
+    """(…, count) fp64 numbers strictly between 0 and 1, of each key of shape (…)."""
+    places = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    raw = mix(keys[..., None] + places)
+    return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
 @dataclass(frozen=True)
 class DropoutWords:
     """The integer words from which both frameworks make the same dropout masks.

@@ -18,10 +18,10 @@ from horovod_lm.convert.run import read_imported
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.errors import UserError
-from horovod_lm.hooks import local_evaluation, perplexity
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.hooks import local_evaluation, means, perplexity, total_loss
+from horovod_lm.objectives.registry import factors, loss_names
 from horovod_lm.run_folder import IMPORTED
-from horovod_lm.train import make_engine, rank_validation
+from horovod_lm.train import make_engine, rank_validation, split_feeds
 
 
 @dataclass
@@ -62,7 +62,7 @@ def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     loaded = load_backend(config.launch.backend, threads)
     communicator = loaded.communicator()
     state = checkpoint.load(path)
-    engine = make_engine(config, CausalLM(), loaded, communicator)
+    engine = make_engine(config, loaded, communicator)
     engine.load_state(EngineState(state.engine.weights))
     assert tokenizer is not None
     start = None if own is None else own.decoder_start
@@ -70,19 +70,24 @@ def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
 
 
 def evaluate(restored: Restored) -> dict[str, Any]:
-    """Collective: validation loss in nats per target token, perplexity, tokens, step."""
-    communicator, prepared = restored.communicator, restored.prepared
+    """Collective: validation loss in nats per target, by name and in sum with the weights of the
+    step, perplexity, targets, step."""
+    config, communicator, prepared = restored.config, restored.communicator, restored.prepared
     assert prepared is not None
-    batches = rank_validation(restored.config, prepared, CausalLM(), communicator)
-    local = np.zeros(2)
+    names = loss_names(config)
+    local = np.zeros((len(names), 2))
     with agreed(communicator):
-        local = local_evaluation(restored.engine, batches)
-    total, count = communicator.allreduce(local)
-    loss = float(total / count)
+        feeds = split_feeds(config, prepared, "validation")
+        batches = rank_validation(config, feeds, communicator)
+        local = local_evaluation(restored.engine, batches, names)
+    sums = communicator.allreduce(local)
+    losses = means(names, sums)
+    loss = total_loss(losses, factors(config, max(0, restored.step - 1)))
     return {
         "step": restored.step,
         "loss": loss,
-        "perplexity": perplexity(loss),
-        "tokens": int(count),
+        "losses": losses,
+        "perplexity": perplexity(loss) if len(names) == 1 else None,
+        "tokens": int(sums[:, 1].sum()),
         "unigram_entropy": prepared.unigram_entropy,
     }

@@ -106,6 +106,7 @@ def test_a_whole_number_will_do_for_a_real_one(tmp_path):
             'model.preset: there is no preset "bert-bsae"; known: transformer-base, ',
         ),
         ("[model]\npreset = 3", "model.preset: there is no preset"),
+        (
             "[data]\nformat = 'xml'",
             """data.format = 'xml' is not allowed; it must be "auto" or "text" or "jsonl" or""",
         ),
@@ -333,6 +334,102 @@ def test_a_key_that_the_optimizer_does_not_read_is_refused(name, key, reads):
     config = make_config({"optimizer": {"name": name}}, "test")
     assert f"optimizer.{key}" not in config.trajectory
     assert load_config_text(to_toml(config)) == config
+
+
+ENCODER = {"kind": "encoder"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": [{"name": "clm"}]}, "objective.0.name = 'clm' is not allowed; it must be"),
+        ({"objective": [{"name": "causal_lm", "foo": 1}]}, "there is no key objective.0.foo"),
+        ({"objective": 3}, "objective = 3 is not allowed; it must be a list of tables"),
+        (
+            {"objective": [{"name": "causal_lm", "density": 0.5}]},
+            "density = 0.5 means nothing to causal_lm, which reads smoothing, z_loss; leave",
+        ),
+        (
+            {"objective": [{"name": "masked_lm"}]},
+            'objective masked_lm: it needs model.kind = "encoder", not "decoder"',
+        ),
+        ({"objective": [{"name": "causal_lm"}] * 2}, 'two have a loss "lm"; give one of them'),
+        (
+            {"objective": [{"name": "causal_lm", "schedule": [[5, 1.0], [5, 0.5]]}]},
+            "schedule has steps [5, 5], which must rise",
+        ),
+        (
+            {"objective": [{"name": "causal_lm", "schedule": [[5, 1.0]], "weight": 0.5}]},
+            "give weight or schedule, not both",
+        ),
+        (
+            {"model": ENCODER, "objective": [{"name": "masked_lm", "on": "lm"}]},
+            'on = "lm" must be the loss of a next_sentence or sentence_order',
+        ),
+        (
+            {
+                "model": ENCODER,
+                "objective": [{"name": "masked_lm", "masked": 0.9, "randomised": 0.2}],
+            },
+            "masked = 0.9 and randomised = 0.2 are more than 1 together",
+        ),
+        (
+            {
+                "model": {**ENCODER, "task_heads": [{"name": "next_sentence", "outputs": 3}]},
+                "objective": [{"name": "next_sentence"}],
+            },
+            "its head in model.task_heads must have outputs = 2 over sequence",
+        ),
+        (
+            {
+                "model": ENCODER,
+                "batching": {"kind": "packed"},
+                "objective": [{"name": "next_sentence"}],
+            },
+            "its examples can't share a row",
+        ),
+        ({"batching": {"tokens": 8}}, 'tokens = 8 means nothing to kind = "windows"'),
+        ({"batching": {"kind": "rows"}}, 'it must be "windows" or "packed" or "buckets"'),
+        (
+            {"model": {"task_heads": [{"name": "x", "outputs": 0}]}},
+            "model.task_heads.0.outputs = 0 is not allowed",
+        ),
+    ],
+)
+def test_objectives_and_batching_are_checked(values, message):
+    with pytest.raises(UserError) as caught:
+        make_config(values, "test")
+    assert message in str(caught.value)
+
+
+def test_objectives_give_the_model_its_heads_and_are_read_back(tmp_path):
+    config = make_config(
+        {
+            "model": ENCODER,
+            "objective": [
+                {"name": "masked_lm", "on": "next_sentence", "schedule": [[0, 1], [9, 0.5]]},
+                {"name": "next_sentence", "source": "news", "loss": "next_sentence"},
+            ],
+        },
+        "test",
+    )
+    (head,) = config.model.task_heads
+    assert (head.name, head.outputs, head.over) == ("next_sentence", 2, "sequence")
+    assert config.objective[1].source == ("news",)
+    assert load_config(write(tmp_path, to_toml(config), "run.toml")) == config
+    override = 'objective=[{name = "prefix_lm", z_loss = 1e-4}]'
+    (objective,) = load_config(write(tmp_path, ""), [override]).objective
+    assert (objective.name, objective.z_loss) == ("prefix_lm", 1e-4)
+
+
+def test_objectives_and_batching_are_part_of_the_trajectory():
+    base = Config().trajectory
+    for key, values in [
+        ("objective", {"objective": [{"name": "causal_lm", "weight": 2.0}]}),
+        ("batching.kind", {"batching": {"kind": "packed"}}),
+    ]:
+        other = make_config(values, "test").trajectory
+        assert {k for k in base if base[k] != other[k]} == {key}
 
 
 def load_config_text(text):

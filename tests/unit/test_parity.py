@@ -494,6 +494,7 @@ def test_the_batch_has_two_micro_batches_with_other_weights(rows):
 
     class Prepared:
         train = Stream()
+        tokenizer = None
 
     micros = batch(config, Prepared, rows)
     assert len(micros) == 2

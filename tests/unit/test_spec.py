@@ -303,7 +303,7 @@ def test_a_spec_is_immutable():
         ("key_value_heads", 0, "a whole number, at least 1, at most 1024"),
         ("head_size", 0, "a whole number, at least 1, at most 65536"),
         ("relative_buckets", 6, "a whole number, at least 4, at most 1024, a multiple of 4"),
-        ("task_heads", 3, "a list of tables of keys"),
+        ("task_heads", 3, "a list of sections"),
         ("norm_placement", "mid", '"pre" or "post"'),
         ("norm_epsilon", 0, "a number, above 0, at most 0.1"),
         ("activation", "swish", '"gelu" or "gelu_tanh" or "relu" or "silu"'),
