@@ -435,12 +435,9 @@ def split_feeds(config: Config, prepared: Prepared, split: Split) -> list[Feed]:
 
 
 def _corpora(prepared: Prepared, split: Split) -> list[Corpus]:
-    sources = getattr(prepared, "sources", None)
-    if sources is None:
-        return [Corpus("corpus", getattr(prepared, split))]
     found = []
-    for source in sources.values():
-        streams = getattr(source, split)
+    for source in prepared.sources.values():
+        streams = source.train if split == "train" else source.validation
         tokens = streams["target"] if "target" in streams else streams["text"]
         found.append(Corpus(source.name, tokens, streams.get("source")))
     return found

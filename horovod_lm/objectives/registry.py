@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -162,13 +162,12 @@ class _Maker:
 
     @cached_property
     def _weights(self) -> dict[str, float]:
-        sources: Any = getattr(self.config.data, "sources", ())
-        return {source.name: source.weight for source in sources}
+        return {source.name: source.weight for source in self.config.data.sources}
 
     def _mixture(self, corpora: Sequence[Corpus]) -> np.ndarray:
         """The share of each corpus, by its tokens, its weight and data.temperature."""
         sizes = [len(corpus.tokens) * self._weights.get(corpus.name, 1.0) for corpus in corpora]
-        return proportions(sizes, getattr(self.config.data, "temperature", 1.0))
+        return proportions(sizes, self.config.data.temperature)
 
     def _objective(self, table: Objective, corpus: Corpus) -> Examples:
         keys = Keys(
