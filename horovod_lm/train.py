@@ -46,7 +46,7 @@ from horovod_lm.hooks import (
 from horovod_lm.loop import Hook, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
 from horovod_lm.objectives import Corpus
-from horovod_lm.objectives.registry import Split, factors, loss_names, make_feeds
+from horovod_lm.objectives.registry import Split, check_kind, factors, loss_names, make_feeds
 from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import STATE, RunRecord, carry_over, claim, default_folder
 from horovod_lm.schedule import learning_rate
@@ -67,6 +67,7 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     """
     if resume and output is None:
         raise UserError("--resume needs the folder of the run: give --output")
+    check_kind(config)
     if output is not None:
         claim_check(output, resume)
     if config.train.start_from is not None and not resume:

@@ -174,7 +174,7 @@ def test_completion_script(shell):
         (["inspect", "{config}", "--set", "model.heads=3"], "does not divide width = 32"),
         (
             ["train", "{config}", "--set", "model.kind=encoder"],
-            'model.kind = "encoder" can\'t be trained by causal language modelling; allowed: dec',
+            'causal_lm, the default objective, needs model.kind = "decoder", not "encoder"; change',
         ),
         (["evaluate", "{folder}"], "is not the folder of a run"),
         (["generate", "x", "--prompt", ""], "the prompt is empty"),

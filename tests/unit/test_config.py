@@ -344,7 +344,7 @@ ENCODER = {"kind": "encoder"}
     [
         ({"objective": [{"name": "clm"}]}, "objective.0.name = 'clm' is not allowed; it must be"),
         ({"objective": [{"name": "causal_lm", "foo": 1}]}, "there is no key objective.0.foo"),
-        ({"objective": 3}, "objective = 3 is not allowed; it must be a list of tables"),
+        ({"objective": 3}, "objective = 3 is not allowed; it must be a list of sections"),
         (
             {"objective": [{"name": "causal_lm", "density": 0.5}]},
             "density = 0.5 means nothing to causal_lm, which reads smoothing, z_loss; leave",
