@@ -289,6 +289,9 @@ class Train(_Section):
         None, description="folder of a run whose weights to start with; heads may be others"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the products")
+    recompute: bool = Field(
+        False, description="make a block's activations anew in the backward: less memory, more time"
+    )
     dropout_generator: Literal["shared", "native"] = Field(
         "shared",
         description="shared: the same masks in every framework and on any number of ranks; native: "
@@ -584,8 +587,9 @@ class Config(_Section):
         resumed run must not change it.
 
         Left out are evaluation, checkpoints, comparisons of replicas, keys that the optimizer does
-        not read, and the micro-batch size (accumulation changes memory, not results). `train.steps`
-        counts only where the schedule ends with it: then it stands as `schedule.updates`.
+        not read, the micro-batch size and recomputation (which change memory, not results).
+        `train.steps` counts only where the schedule ends with it: then it stands as
+        `schedule.updates`.
         """
         values = {
             key: value
@@ -594,7 +598,7 @@ class Config(_Section):
         }
         steps = values.pop("train.steps")
         unread = [f"optimizer.{key}" for key in self.optimizer.unread]
-        for key in ("train.check_every", "train.micro_batch_size", *unread):
+        for key in ("train.check_every", "train.micro_batch_size", "train.recompute", *unread):
             del values[key]
         ends = self.schedule.name in ("cosine", "linear")
         values["schedule.updates"] = (self.schedule.updates or steps) if ends else None

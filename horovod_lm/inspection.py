@@ -107,7 +107,9 @@ def describe(config: Config) -> dict[str, Any]:
         "decayed": sum(p.size for p in spec.parameters if p.decay),
         "flops_per_token": spec.flops_per_token(),
         "micro_batch_rows": micro,
-        "memory": spec.memory(micro, config.train.precision, config.optimizer.name),
+        "memory": spec.memory(
+            micro, config.train.precision, config.optimizer.name, config.train.recompute
+        ),
     }
 
 
@@ -126,7 +128,7 @@ def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
     spec, settings = config.model, config.train
     tokens = settings.global_batch_size * spec.context
     micro = micro_batch_rows(config, ranks)
-    memory = spec.memory(micro, settings.precision, config.optimizer.name)
+    memory = spec.memory(micro, settings.precision, config.optimizer.name, settings.recompute)
     return {
         "parameters": spec.size,
         "backend": config.launch.backend,

@@ -305,23 +305,28 @@ class ModelSpec(BaseModel):
         return 12.0 * self.attention_width * keys
 
     def memory(
-        self, rows: int, precision: str = "fp32", optimizer: str = "adamw"
+        self,
+        rows: int,
+        precision: str = "fp32",
+        optimizer: str = "adamw",
+        recompute: bool = False,
     ) -> dict[str, int]:
         """Bytes of one rank by part, for micro-batches of `rows` full sequences: fp32 weights,
         gradients and the optimizer's moments, and an estimate of the activations that the backward
-        needs."""
+        needs: with `recompute` those of one block, and what goes into each of the others."""
         width, inner = self.width, self.inner_width
         element = 4 if precision == "fp32" else 2
         square = self.heads * self.context
         row = (4 * width + 4 * self.attention_width + (3 if self.gated else 2) * inner) * element
         row += 4 * width * 4 + square * element
         tokens = rows * self.context
-        weights = 4 * self.size
+        weights, blocks = 4 * self.size, sum(self.stacks.values())
+        each = row + (blocks - 1) * 4 * width if recompute else row * blocks
         return {
             "weights": weights,
             "gradients": weights,
             "moments": 4 * moment_size(optimizer, {p.name: p.shape for p in self.parameters}),
-            "activations": tokens * row * sum(self.stacks.values()),
+            "activations": tokens * each,
             "logits": min(tokens, 512) * self.vocabulary * 4,
         }
 

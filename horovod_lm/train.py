@@ -151,6 +151,7 @@ def make_engine(
         momentum=optimizer.momentum,
         weight_decay=optimizer.weight_decay,
         dropout_generator=config.train.dropout_generator,
+        recompute=config.train.recompute,
     )
     return backend.engine(config.model, settings, communicator)
 
