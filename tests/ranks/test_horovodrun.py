@@ -363,8 +363,9 @@ def test_without_runner_missing_command(launcher, package) -> None:
     assert launcher == "gloo" or job.returncode not in (126, 127)
 
 
-def test_without_runner_mpirun(package) -> None:
+def test_without_runner_mpirun(package, tmp_path, monkeypatch) -> None:
     path = package("runner_mpirun")
+    monkeypatch.setenv("PRTE_MCA_prte_local_tmpdir_base", str(tmp_path))  # what it leaves there
     _, text, left = interrupt("mpi", path, signal.SIGTERM, patience=3)
     assert "prterun" in left, text
     _, text, _ = run("mpi", path, "fail", patience=0)
