@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
 
 from tests.parity.compare import within
-from tests.ranks.jobs import BACKENDS, needs_horovod, rows, run_plan
+from tests.ranks.jobs import BACKENDS, needs_horovod, rows, run_job, run_plan
 
 pytestmark = needs_horovod
 
@@ -176,3 +177,29 @@ def test_each_loss_over_tokens_falls(backend, done):
         for name, curve in curves(done(backend, 2) / training).items():
             if name not in ("next_sentence", "sentence_order"):
                 assert np.nanmean(curve[-5:]) < np.nanmean(curve[:5]) - 0.3, (training, name)
+
+
+def command(config, name, *arguments):
+    """What a command prints as JSON."""
+    words = [sys.executable, "-m", "horovod_lm", name, *map(str, arguments), "--json"]
+    result = run_job(config.parent / f"{name}.log", words, 0)
+    assert result.code == 0, result.text
+    return json.loads(result.lines[-1])
+
+
+@pytest.mark.parametrize("training", ["bert", "mixture", "translation"])
+def test_a_run_is_evaluated_as_it_was_in_training(training, config, done):
+    run = done("torch", 2) / training
+    recorded = rows(run, "evaluation")[-1]
+    for backend in BACKENDS:
+        found = command(config, "evaluate", run, "--backend", backend)
+        assert found["loss"] == pytest.approx(recorded["loss"], abs=1e-5)
+        assert found["losses"] == pytest.approx(recorded["losses"], abs=1e-5)
+
+
+def test_an_encoder_decoder_answers_alike_in_both_frameworks(config, done):
+    """The answer alone: what is encoded does not stand before it."""
+    prompt = "The ship leads to the river."
+    arguments = (done("tensorflow", 2) / "translation", "--prompt", prompt, "--tokens", 12)
+    torch, tensorflow = (command(config, "generate", *arguments, "--backend", b) for b in BACKENDS)
+    assert torch == tensorflow and torch["continuation"]
