@@ -131,7 +131,7 @@ def of_many(micro: MicroBatch, targets: float) -> MicroBatch:
 def test_neither_scale_nor_count_overflows(engines, tokens):
     """A scale of 2^24 over 2^22 targets is a factor of 4 on each target's loss: nothing else of
     them reaches a half. The sum of the losses, or the scale, would be inf in fp16."""
-    (micro,) = micro_batches(tokens, Uneven(), 1, None)
+    (micro,) = micro_batches(tokens, Uneven, 1, None)
     scale, targets = 2.0**24, 2.0**22
     assert min(scale, targets) > LARGEST_HALF
     for name, engine in engines.items():
@@ -146,7 +146,7 @@ def test_neither_scale_nor_count_overflows(engines, tokens):
 def test_the_sum_over_micro_batches_may_be_larger_than_a_half(engines, tokens):
     """Each part's scaled gradient fits into fp16, their sum only into the fp32 that it is kept and
     reduced in."""
-    (micro,) = micro_batches(tokens, Uneven(), 1, None)
+    (micro,) = micro_batches(tokens, Uneven, 1, None)
     for name, engine in engines.items():
         once = one_step(engine, [micro], 1.0)
         largest = max(float(np.abs(gradient).max()) for gradient in once.gradients.values())
