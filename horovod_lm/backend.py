@@ -19,6 +19,7 @@ from horovod_lm.spec import ModelSpec
 
 if TYPE_CHECKING:
     from horovod_lm.bench.tools import BenchTools
+    from horovod_lm.convert.tools import ConvertTools
 
 # fp64 is the referee of `horovod-lm parity`: no run trains in it.
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -29,11 +30,17 @@ STOP, INTERRUPT, ERROR, OVERFLOW = 1, 2, 4, 8
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss of a micro-batch: factor x sum(weights x negative log-likelihood) / normaliser.
+    """One loss of a micro-batch: factor x sum(weights x l) / normaliser over its targets, with the
+    logits z of `head` and l = (1 - e) (logsumexp(z) - z_y) + e (logsumexp(z) - mean(z))
+    + `z_loss` x logsumexp(z)^2, where e is `smoothing` (Szegedy et al., 2016; Chowdhery et al.,
+    2022).
 
-    `head` names the model's output; `targets` (B, L) int32; `weights` (B, L) fp32, 0 where there
-    is no target; `normaliser` is the weight sum over the whole *global* batch, so that the plain
-    sum over micro-batches and ranks is the loss.
+    `targets` int32 and `weights` fp32, 0 where there is no target, have one shape: (B, L) for a
+    head over tokens, (B,) for one over sequences. With `positions` (B, P) int32 they are (B, P),
+    and target p of a row is at that place of it: the head then sees these places only. The
+    `normaliser` is the weight sum over the whole *global* batch, so that the plain sum over
+    micro-batches and ranks is the loss. What is reported under `name` is the negative
+    log-likelihood, without smoothing and z-loss.
     """
 
     name: str
@@ -42,14 +49,28 @@ class Loss:
     weights: np.ndarray
     normaliser: float
     factor: float = 1.0
+    positions: np.ndarray | None = None
+    smoothing: float = 0.0
+    z_loss: float = 0.0
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward and backward works on.
 
-    `inputs` are named arrays, for a decoder `tokens` (B, L) int32; `rows` (B,) int64 are the
-    rows' indices in the global batch (dropout masks come from them); `losses` at least one.
+    `inputs` are named arrays, all int32. `tokens` (B, L) go into the model's only stack, or into
+    the decoder; `source` (B, S) into the encoder of an encoder-decoder. What belongs to `tokens`
+    has its shape, and of what belongs to `source` the name begins with `source_`; each may be left
+    out:
+
+    - `blocks`: numbers of sequences that share a row, 0 for padding. A token sees only keys of its
+      own number (an encoder-decoder's too, in its row of `source`); without it, all are one.
+    - `positions`: for learned, sinusoidal and rotary positions; without it, 0, 1, 2, …
+    - `prefix`: 1 for tokens of a decoder that all tokens of their block may see, also earlier ones.
+    - `segments`: segment ids; without it, 0.
+
+    `rows` (B,) int64 are the rows' indices in the global batch (dropout masks come from them);
+    `losses` at least one.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -79,7 +100,8 @@ class Reduced:
 class EngineSettings:
     """What an engine needs beside the spec. `loss_names` are the names of the losses in every
     micro-batch, in order. The backends' `optimizer` has the formula of each optimizer, and
-    `horovod_lm.optimizers` what it reads of what stands here."""
+    `horovod_lm.optimizers` what it reads of what stands here. With `recompute` a block keeps
+    only its input for the backward, and makes its activations again (Chen et al., 2016)."""
 
     precision: Precision = "fp32"
     seed: int = 0
@@ -91,6 +113,7 @@ class EngineSettings:
     momentum: float = 0.9
     weight_decay: float = 0.01
     dropout_generator: Literal["shared", "native"] = "shared"
+    recompute: bool = False
 
 
 @dataclass
@@ -157,16 +180,22 @@ class Engine(Protocol):
         """By loss name: (sum of weights x nll in nats, sum of weights) of this micro-batch, on
         this rank, without dropout."""
 
-    def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(B, L, V) fp32 logits without dropout."""
+    def logits(self, inputs: Mapping[str, np.ndarray], head: str = "lm") -> np.ndarray:
+        """fp32 logits of a head without dropout: (B, L, outputs), or (B, outputs) of a head over
+        sequences."""
+
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the stacks give without dropout, by stack, (B, L, D) fp32; and (B, D) as `pooled`
+        where the spec has a pooler."""
 
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site, in the order of
         computation, fp32 (fp64 where the precision is); docs/parity.md lists the sites."""
 
-    def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Begin decoding after prompts (B, L) int32 of equal length: the (B, V) fp32 logits of the
-        next token, and an opaque cache of keys and values."""
+    def start(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
+        """Begin decoding after prompts `tokens` (B, L) of equal length, with `source` and
+        `source_blocks` for an encoder-decoder: the (B, V) fp32 logits of the next token, and an
+        opaque cache of keys and values."""
 
     def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         """Feed one token a row, (B,) int32: the (B, V) logits of the one after it, and the cache
@@ -218,6 +247,9 @@ class Backend(Protocol):
 
     def bench(self) -> BenchTools:
         """What `horovod-lm bench` needs of the framework. A user's own backend may lack it."""
+
+    def convert(self) -> ConvertTools:
+        """What `horovod-lm convert` needs of the framework. A user's own backend may lack it."""
 
 
 GROUP = "horovod_lm.backends"

@@ -53,18 +53,30 @@ def bytes_per_token(spec: ModelSpec, half: int) -> dict[str, float]:
     if each operation of a kind is one pass; `half` bytes has an element of a product's result.
 
     With D the width, F the inner width: a norm reads x and writes y, then reads g and x and writes
-    dx; an activation the same over F, and a sum of the residual stream reads two and writes one,
-    each way; dropout reads, writes and a mask of bytes, each way; an embedding reads a row and a
-    position and writes their sum, then reads g for each and adds it to a row and to a position.
+    dx; an activation the same over F, a gated one also reads and multiplies a second tensor, and a
+    sum of the residual stream reads two and writes one, each way; dropout reads, writes and a mask
+    of bytes, each way; an embedding reads a row of each table and writes their sum, then reads g
+    for each and adds it to its row. A token stands for one in each stack.
     """
-    width, blocks = 4 * spec.width, spec.layers
+    width, stacks = 4 * spec.width, len(spec.stacks)
+    blocks = sum(spec.stacks.values())
+    branches = sum(
+        layers * (3 if spec.attends_to_encoder(stack) else 2)
+        for stack, layers in spec.stacks.items()
+    )
+    norms = branches + stacks * (spec.has_embedding_norm + (spec.norm_placement == "pre"))
+    activations = (8 if spec.gated else 5) * half * spec.inner_width * blocks
+    if spec.head_transform:
+        norms += 1
+        activations += 5 * half * spec.width
+    tables = 1 + (spec.positions in ("learned", "sinusoidal")) + (spec.segments > 0)
     found = {
-        "norms": 5 * width * (2 * blocks + 1),
-        "activations": 5 * half * spec.inner_width * blocks + 6 * width * 2 * blocks,
-        "embedding": 3 * width + (2 + 2 * 2) * width,
+        "norms": 5 * width * norms,
+        "activations": activations + 6 * width * branches,
+        "embedding": (tables + 1 + 3 * tables) * width * stacks,
     }
     if spec.dropout:
-        found["dropout"] = (4 * width + 2 * spec.width) * (2 * blocks + 1)
+        found["dropout"] = (4 * width + 2 * spec.width) * (branches + stacks)
     return {kind: float(count) for kind, count in found.items()}
 
 

@@ -315,6 +315,41 @@ def check_model(path: Path, spec: ModelSpec) -> None:
         )
 
 
+_HEADS = ("heads.", "pooler.")
+
+
+def check_start(run: Path, spec: ModelSpec) -> Path:
+    """The newest valid checkpoint in the folder of `run`, whose weights a model of `spec` can start
+    with: all but heads and pooler must be the same. Raises `UserError` if there is none."""
+    path = newest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"train.start_from = {run} has no valid checkpoint; give a run that has")
+    with _faults(path):
+        found = dict(_read_manifest(path).tensors)
+    for parameter in spec.parameters:
+        shape = found.pop(parameter.name, None)
+        if shape == parameter.shape or (shape is None and parameter.name.startswith(_HEADS)):
+            continue
+        has = f"has shape {shape}" if shape else "is missing"
+        raise UserError(
+            f"train.start_from: {parameter.name} {has} in {path}, and has shape {parameter.shape} "
+            "in [model]; take [model] over from the config.toml of that run"
+        )
+    left = [name for name in found if not name.startswith(_HEADS)]
+    if left:
+        raise UserError(
+            f"train.start_from: {path} has {left[0]}, which [model] does not have; take [model] "
+            "over from the config.toml of that run"
+        )
+    return path
+
+
+def start_weights(run: Path, spec: ModelSpec, new: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The `new` weights of `spec`, with those of the newest checkpoint of `run` in their places."""
+    weights = load(check_start(run, spec)).engine.weights
+    return {name: weights.get(name, array) for name, array in new.items()}
+
+
 def check_same_run(path: Path, config: Config, data_digest: str | None = None) -> None:
     """Raise `UserError`, naming each changed key with its old and new value, if `config` would
     make the checkpoint's run another one (see `Config.trajectory`).

@@ -45,10 +45,12 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["kind"] == "evaluation" and row["loss"] is not None:
-            self.say(
-                f"step {row['step']}: validation loss {row['loss']:.4f} nats per token, "
-                f"perplexity {row['perplexity'] or float('inf'):.1f}"
-            )
+            what = f"step {row['step']}: validation loss {row['loss']:.4f} nats"
+            if _parts(row):
+                self.say(what + _parts(row))
+            else:
+                perplexity = row["perplexity"] or float("inf")
+                self.say(f"{what} per token, perplexity {perplexity:.1f}")
         if row["kind"] != "step":
             return
         self._tokens += row["tokens"]
@@ -64,10 +66,19 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
             rate = self._tokens / max(self._seconds, 1e-9)
             norm = float("nan") if row["norm"] is None else row["norm"]
             self.say(
-                f"step {row['step']}/{self._steps}  loss {loss:.4f}  norm {norm:.3f}  "
+                f"step {row['step']}/{self._steps}  loss {loss:.4f}{_parts(row)}  norm {norm:.3f}  "
                 f"rate {row['learning_rate']:.2e}  {rate:,.0f} tokens/s"
             )
             self._tokens = self._seconds = 0.0
+
+
+def _parts(row: dict[str, Any]) -> str:
+    """Each loss, where there are several."""
+    losses = row.get("losses") or {}
+    if len(losses) < 2:
+        return ""
+    shown = (f"{name} {float('nan') if x is None else x:.4f}" for name, x in losses.items())
+    return f" ({', '.join(shown)})"
 
 
 def _skipped(row: dict[str, Any]) -> str:

@@ -18,8 +18,10 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     end: int | None = None,
+    source: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Continue `prompts` (B, L) int32 by up to `count` tokens: (B, <= count) int32.
+    """Continue `prompts` (B, L) int32 by up to `count` tokens: (B, <= count) int32. An
+    encoder-decoder has `source` (B, S) int32 beside them.
 
     Temperature 0 is greedy. Otherwise tokens are drawn from softmax(logits / temperature) with
     numbers keyed by `seed`, the same in every framework. It stops when all rows have met `end`
@@ -33,7 +35,10 @@ def generate(
         )
     count = min(count, context - length)
     randoms = uniforms(philox(seed, "decode"), count * len(prompts)).reshape(count, -1)
-    logits, cache = engine.start(prompts.astype(np.int32))
+    inputs = {"tokens": prompts.astype(np.int32)}
+    if source is not None:
+        inputs["source"] = source.astype(np.int32)
+    logits, cache = engine.start(inputs)
     done = np.zeros(len(prompts), dtype=bool)
     tokens: list[np.ndarray] = []
     for position in range(count):

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -67,19 +67,23 @@ class Metrics:
         seconds = run.clock.end()
         if self.first_step_seconds is None:
             self.first_step_seconds = seconds
-        self.loss = sum(reduced.losses.values())
+        batch = run.batch
+        assert batch is not None
+        self.loss = total_loss(reduced.losses, batch.factors)
         parts = run.clock.parts
         row = {
             "kind": "step",
             "step": run.step,
             "updates": run.updates,
             "loss": _plain(self.loss),
+            "losses": {name: _plain(loss) for name, loss in reduced.losses.items()},
             "norm": _plain(reduced.norm),
             "learning_rate": run.learning_rate,
             "loss_scale": run.loss_scale if run.config.train.precision == "fp16" else None,
             "skipped": run.scaler.skipped,
             "overflow": None if reduced.finite else overflow_of(reduced),
-            "tokens": run.targets,
+            "tokens": batch.targets,
+            "efficiency": round(batch.real / batch.computed, 4) if batch.computed else None,
             "seconds": round(seconds, 6),
             "time": time.time(),
             "parts": parts and {name: round(1e3 * part, 3) for name, part in parts.items()},
@@ -103,10 +107,11 @@ class Evaluation:
         self,
         every: int,
         batches: Callable[[], Iterator[MicroBatch]],
+        names: Sequence[str],
         sinks: list[Callable[[dict[str, Any]], None]],
     ) -> None:
         self.every = every
-        self._batches, self._sinks = batches, sinks
+        self._batches, self._names, self._sinks = batches, names, sinks
         self.loss: float | None = None
 
     def __call__(self, run: Run, reduced: Reduced) -> None:
@@ -114,17 +119,19 @@ class Evaluation:
             return
         with run.clock.pause():
             begin = time.perf_counter()
-            local = np.zeros(2)
+            local = np.zeros((len(self._names), 2))
             with run.guard():
-                local = local_evaluation(run.engine, self._batches())
-            total, count = run.communicator.allreduce(local)
-            self.loss = float(total / count) if count else math.nan
+                local = local_evaluation(run.engine, self._batches(), self._names)
+            sums = run.communicator.allreduce(local)
+            losses = means(self._names, sums)
+            self.loss = total_loss(losses, run.batch.factors if run.batch else {})
             row = {
                 "kind": "evaluation",
                 "step": run.step,
                 "loss": _plain(self.loss),
-                "perplexity": _plain(perplexity(self.loss)),
-                "tokens": int(count),
+                "losses": {name: _plain(loss) for name, loss in losses.items()},
+                "perplexity": _plain(perplexity(self.loss)) if len(losses) == 1 else None,
+                "tokens": int(sums[:, 1].sum()),
                 "seconds": round(time.perf_counter() - begin, 3),
                 "time": time.time(),
             }
@@ -132,13 +139,29 @@ class Evaluation:
                 sink(row)
 
 
-def local_evaluation(engine: Engine, batches: Iterator[MicroBatch]) -> np.ndarray:
-    """(sum of weights x nll in nats, sum of weights) over `batches` on this rank, fp64."""
-    total = np.zeros(2)
+def local_evaluation(
+    engine: Engine, batches: Iterator[MicroBatch], names: Sequence[str]
+) -> np.ndarray:
+    """(sum of weights x nll in nats, sum of weights) of each loss of `names` over `batches` on this
+    rank, (losses, 2) fp64."""
+    total = np.zeros((len(names), 2))
     for micro in batches:
-        for pair in engine.evaluate(micro).values():
-            total += pair
+        found = engine.evaluate(micro)
+        total += [found[name] for name in names]
     return total
+
+
+def means(names: Sequence[str], sums: np.ndarray) -> dict[str, float]:
+    """Mean nll by loss name, of the `sums` (losses, 2) of `local_evaluation` over all ranks."""
+    return {
+        name: float(total / count) if count else math.nan
+        for name, (total, count) in zip(names, sums, strict=True)
+    }
+
+
+def total_loss(losses: Mapping[str, float], factors: Mapping[str, float]) -> float:
+    """The sum of the losses, each times its factor: what is trained on."""
+    return float(sum(factors.get(name, 1.0) * loss for name, loss in losses.items()))
 
 
 def perplexity(loss: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from horovod_lm.config import Config
 from horovod_lm.data.batches import cut
 from horovod_lm.errors import UserError
+from horovod_lm.presets import preset
 from horovod_lm.spec import Initialiser, ModelSpec, Parameter
 
 
@@ -57,18 +58,30 @@ def _initialiser(initialiser: Initialiser) -> str:
 
 
 def parts(spec: ModelSpec) -> dict[str, int]:
-    """Number of parameters by part of the model: embeddings, attention, feed-forward, norms,
-    heads."""
+    """Number of parameters by part of the model: embeddings, attention (a bias by distance is of
+    it), cross_attention, feed_forward, norms, pooler, heads."""
     totals: dict[str, int] = {}
     for parameter in spec.parameters:
-        names = parameter.name.split(".")
-        part = names[0]
+        first, *rest = parameter.name.split(".")
+        part = first
         if "norm" in parameter.name:
             part = "norms"
-        elif len(names) > 2 and names[1].isdigit():
-            part = "attention" if "attention" in names[2] else "feed_forward"
+        elif first in spec.stacks:
+            part = "attention" if rest[0] == "relative_bias" else rest[1]
         totals[part] = totals.get(part, 0) + parameter.size
     return totals
+
+
+def published(name: str, spec: ModelSpec) -> dict[str, Any]:
+    """What `horovod-lm inspect --preset` says beside the figures of a config: the number of
+    parameters of the preset as published and where, and by how much that of `spec` differs."""
+    found = preset(name)
+    return {
+        "preset": name,
+        "published": found.parameters,
+        "source": found.published,
+        "difference": spec.size - found.parameters,
+    }
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -94,7 +107,9 @@ def describe(config: Config) -> dict[str, Any]:
         "decayed": sum(p.size for p in spec.parameters if p.decay),
         "flops_per_token": spec.flops_per_token(),
         "micro_batch_rows": micro,
-        "memory": spec.memory(micro, config.train.precision, config.optimizer.name),
+        "memory": spec.memory(
+            micro, config.train.precision, config.optimizer.name, config.train.recompute
+        ),
     }
 
 
@@ -113,7 +128,7 @@ def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
     spec, settings = config.model, config.train
     tokens = settings.global_batch_size * spec.context
     micro = micro_batch_rows(config, ranks)
-    memory = spec.memory(micro, settings.precision, config.optimizer.name)
+    memory = spec.memory(micro, settings.precision, config.optimizer.name, settings.recompute)
     return {
         "parameters": spec.size,
         "backend": config.launch.backend,

@@ -21,7 +21,7 @@ from horovod_lm.backend import (
     Reduced,
 )
 from horovod_lm.config import Config
-from horovod_lm.data.batches import Batches
+from horovod_lm.data.batches import Batches, RankBatch
 from horovod_lm.errors import CollectiveFailed, RunFailed
 from horovod_lm.loss_scale import LossScaler
 
@@ -96,7 +96,7 @@ class Run:
     signal: int = 0
     trouble: Exception | None = None
     stopped: int = 0
-    targets: int = 0
+    batch: RankBatch | None = None
     profiled: bool = False
     learning_rate: float = 0.0
     loss_scale: float = 1.0
@@ -180,7 +180,7 @@ def train_steps(run: Run, hooks: Sequence[Hook]) -> None:
                 run.updates += 1
             clock.part("update")
             run.step += 1
-            run.targets = batch.targets
+            run.batch = batch
             run.stopped = max(int(bits) & (STOP | INTERRUPT) for bits in reduced.status)
             for hook in hooks:
                 if run.last or (hook.every and run.step % hook.every == 0):

@@ -46,10 +46,13 @@ TRACE, SUMMARY = "trace.json.gz", "profile.json"  # in a run's folder
 
 # Layers and functions by the words that the backends' scopes and the frameworks' own wrappers use.
 _SCOPES = {
-    "matrix products": ("linear", "up", "down", "output", "addmm", "mm"),
-    "attention": ("attention", "causalattention"),
-    "norms": ("norm", "attention_norm", "feed_forward_norm", "nativelayernorm"),
-    "activations": ("activation", "gelu", "relu"),
+    "matrix products": ("linear", "up", "gate", "down", "output", "addmm", "mm"),
+    "attention": ("attention", "cross_attention", "rotate", "bydistance"),
+    "norms": (
+        *("norm", "attention_norm", "cross_attention_norm", "feed_forward_norm"),
+        *("nativelayernorm", "rmsnorm"),
+    ),
+    "activations": ("activation", "gelu", "relu", "silu"),
     "loss": ("loss", "headloss"),
     "embedding": ("embeddings", "embedding"),
     "dropout": ("dropout",),
@@ -68,7 +71,7 @@ _NAMES = [
         (r"allreduce|horovod|nccl", "communication"),
         (r"adamw?_|l2loss", "optimizer"),
         (r"layer_?norm", "norms"),
-        (r"gelu|erf|relu|threshold_backward", "activations"),
+        (r"gelu|erf|relu|threshold_backward|silu|sigmoid", "activations"),
         (r"embedding|gatherv2|index_add|segmentsum", "embedding"),
         (r"dropout|xor|greaterequal|^ge$", "dropout"),
         (r"nll|cross_?entropy|^log$|gathernd|scatter", "loss"),

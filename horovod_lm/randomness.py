@@ -8,6 +8,7 @@ processors with AVX-512.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,21 +136,49 @@ def words(key: tuple[int, ...], indices: np.ndarray) -> np.ndarray:
     return (hashed >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
+class Keys:
+    """Keys of random numbers from (seed, name) and further numbers, by a 64-bit mixer."""
+
+    def __init__(self, seed: int, name: str) -> None:
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        self._base = np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64)
+
+    def __call__(self, *numbers: int | np.ndarray) -> np.ndarray:
+        """uint64 keys of `numbers`, not negative; arrays (M,) among them give a key each, and
+        without one it is (1,)."""
+        keys = self._base
+        for number in numbers:
+            part = np.atleast_1d(np.asarray(number)).astype(np.uint64)
+            keys = mix((keys + part) * _GOLDEN + _GOLDEN)
+        return keys
+
+
+def fractions(keys: np.ndarray, count: int) -> np.ndarray:
+    """(…, count) fp64 numbers strictly between 0 and 1, of each key of shape (…)."""
+    places = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    raw = mix(keys[..., None] + places)
+    return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
 @dataclass(frozen=True)
 class DropoutWords:
     """The integer words from which both frameworks make the same dropout masks.
 
     A mask element is kept where `int32((row ^ column) * MULTIPLIER) >= threshold(rate)`, with the
     product wrapping. `residual_rows` is (sites, B, L), `residual_columns` (sites, D): site 0 are
-    the embeddings, 1 + 2i and 2 + 2i the attention and feed-forward branch of layer i.
+    the embeddings, the others the branches of the layers in order: attention, attention to the
+    encoder where the stack has it, feed-forward.
     `attention_rows` is (layers, B, H, L), `attention_columns` (layers, M): site i are the
-    probabilities of layer i. All are int32; an array of a rate that is 0 is None.
+    probabilities of layer i; `cross_rows` and `cross_columns` are those of its attention to the
+    encoder. All are int32; an array that is not needed is None.
     """
 
     residual_rows: np.ndarray | None
     residual_columns: np.ndarray | None
     attention_rows: np.ndarray | None
     attention_columns: np.ndarray | None
+    cross_rows: np.ndarray | None = None
+    cross_columns: np.ndarray | None = None
 
 
 def native_seed(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
@@ -174,26 +203,46 @@ def keep_mask(rows: np.ndarray, columns: np.ndarray, rate: float) -> np.ndarray:
 
 
 def dropout_words(
-    spec: ModelSpec, seed: int, step: int, rows: np.ndarray, length: int
-) -> DropoutWords | None:
-    """Words for one micro-batch of a single stack, whose rows have the indices `rows` (B,) in the
-    global batch: they depend on (seed, step, site, row, position) alone, so not on the framework,
-    the ranks or the accumulation. None if the spec has no dropout."""
+    spec: ModelSpec, seed: int, step: int, rows: np.ndarray, lengths: Mapping[str, int]
+) -> dict[str, DropoutWords]:
+    """Words by stack for one micro-batch, whose rows have the indices `rows` (B,) in the global
+    batch and whose stacks have sequences of `lengths`: they depend on (seed, step, stack, site,
+    row, position) alone, so not on the framework, the ranks or the accumulation. Empty if the spec
+    has no dropout."""
     if not spec.dropout and not spec.attention_dropout:
-        return None
-    layers = sum(spec.stacks.values())
-    position = np.arange(length)
+        return {}
+    return {
+        stack: _stack_words(spec, (seed, step), 8 * number, stack, rows, lengths)
+        for number, stack in enumerate(spec.stacks)
+    }
+
+
+def _stack_words(
+    spec: ModelSpec,
+    key: tuple[int, int],
+    kind: int,
+    stack: str,
+    rows: np.ndarray,
+    lengths: Mapping[str, int],
+) -> DropoutWords:
+    """`kind` is the first of 8 numbers that keep the words of one stack from those of another."""
+    layers, position = spec.stacks[stack], np.arange(lengths[stack])
+    cross = spec.attends_to_encoder(stack)
     cells = rows[:, None].astype(np.uint64) * np.uint64(2**20) + position.astype(np.uint64)
+    head = np.arange(spec.heads, dtype=np.uint64)[:, None] << np.uint64(52)
 
-    def stack(kind: int, sites: int, indices: np.ndarray) -> np.ndarray:
-        return np.stack([words((seed, step, kind, site), indices) for site in range(sites)])
+    def sites(number: int, count: int, indices: np.ndarray) -> np.ndarray:
+        return np.stack([words((*key, kind + number, site), indices) for site in range(count)])
 
-    residual_rows = residual_columns = attention_rows = attention_columns = None
+    found: dict[str, np.ndarray | None] = dict.fromkeys(DropoutWords.__dataclass_fields__)
     if spec.dropout:
-        residual_rows = stack(0, 1 + 2 * layers, cells)
-        residual_columns = stack(1, 1 + 2 * layers, np.arange(spec.width))
+        branches = 1 + (3 if cross else 2) * layers
+        found["residual_rows"] = sites(0, branches, cells)
+        found["residual_columns"] = sites(1, branches, np.arange(spec.width))
     if spec.attention_dropout:
-        head = np.arange(spec.heads, dtype=np.uint64)[:, None] << np.uint64(52)
-        attention_rows = stack(2, layers, cells[:, None, :] + head)
-        attention_columns = stack(3, layers, position)
-    return DropoutWords(residual_rows, residual_columns, attention_rows, attention_columns)
+        found["attention_rows"] = sites(2, layers, cells[:, None, :] + head)
+        found["attention_columns"] = sites(3, layers, position)
+    if spec.attention_dropout and cross:
+        found["cross_rows"] = sites(5, layers, cells[:, None, :] + head)
+        found["cross_columns"] = sites(6, layers, np.arange(lengths["encoder"]))
+    return DropoutWords(**found)

@@ -13,27 +13,36 @@ from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed
 from horovod_lm.backend import Communicator, Engine, EngineState, load_backend
 from horovod_lm.config import Config, load_config
+from horovod_lm.convert.folder import TOKENIZER
+from horovod_lm.convert.run import read_imported
 from horovod_lm.data.prepare import Prepared, prepare
+from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.errors import UserError
-from horovod_lm.hooks import local_evaluation, perplexity
-from horovod_lm.objectives.causal_lm import CausalLM
-from horovod_lm.train import make_engine, rank_validation
+from horovod_lm.hooks import local_evaluation, means, perplexity, total_loss
+from horovod_lm.objectives.registry import factors, loss_names
+from horovod_lm.run_folder import IMPORTED
+from horovod_lm.train import make_engine, rank_validation, split_feeds
 
 
 @dataclass
 class Restored:
-    """A run's model, ready to be used."""
+    """A run's model, ready to be used. `prepared` is None where only the tokenizer was asked for
+    and an imported model has its own; `start` is the token with which such a model's decoder
+    begins, if it says so."""
 
     config: Config
-    prepared: Prepared
+    prepared: Prepared | None
+    tokenizer: Tokenizer
     engine: Engine
     communicator: Communicator
     step: int
+    start: int | None = None
 
 
-def restore(run: Path, backend: str | None) -> Restored:
+def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
-    trained with). Raises `UserError` if there is none."""
+    trained with), with its data unless an imported model can do without. Raises `UserError` if
+    there is none."""
     if not (run / "config.toml").exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
     overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
@@ -43,28 +52,42 @@ def restore(run: Path, backend: str | None) -> Restored:
         raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
     checkpoint.check_model(path, config.model)
     threads = environment.apply(config)
-    prepared = prepare(config)
+    own = None if data else read_imported(run)
+    tokenizer = None
+    if own is not None and TOKENIZER in own.companions:
+        tokenizer = Tokenizer.load(run / IMPORTED / TOKENIZER)
+    prepared = None if tokenizer is not None else prepare(config)
+    if prepared is not None:
+        tokenizer = prepared.tokenizer
     loaded = load_backend(config.launch.backend, threads)
     communicator = loaded.communicator()
     state = checkpoint.load(path)
-    engine = make_engine(config, CausalLM(), loaded, communicator)
+    engine = make_engine(config, loaded, communicator)
     engine.load_state(EngineState(state.engine.weights))
-    return Restored(config, prepared, engine, communicator, state.step)
+    assert tokenizer is not None
+    start = None if own is None else own.decoder_start
+    return Restored(config, prepared, tokenizer, engine, communicator, state.step, start)
 
 
 def evaluate(restored: Restored) -> dict[str, Any]:
-    """Collective: validation loss in nats per target token, perplexity, tokens, step."""
-    communicator = restored.communicator
-    batches = rank_validation(restored.config, restored.prepared, CausalLM(), communicator)
-    local = np.zeros(2)
+    """Collective: validation loss in nats per target, by name and in sum with the weights of the
+    step, perplexity, targets, step."""
+    config, communicator, prepared = restored.config, restored.communicator, restored.prepared
+    assert prepared is not None
+    names = loss_names(config)
+    local = np.zeros((len(names), 2))
     with agreed(communicator):
-        local = local_evaluation(restored.engine, batches)
-    total, count = communicator.allreduce(local)
-    loss = float(total / count)
+        feeds = split_feeds(config, prepared, "validation")
+        batches = rank_validation(config, feeds, communicator)
+        local = local_evaluation(restored.engine, batches, names)
+    sums = communicator.allreduce(local)
+    losses = means(names, sums)
+    loss = total_loss(losses, factors(config, max(0, restored.step - 1)))
     return {
         "step": restored.step,
         "loss": loss,
-        "perplexity": perplexity(loss),
-        "tokens": int(count),
-        "unigram_entropy": restored.prepared.unigram_entropy,
+        "losses": losses,
+        "perplexity": perplexity(loss) if len(names) == 1 else None,
+        "tokens": int(sums[:, 1].sum()),
+        "unigram_entropy": prepared.unigram_entropy,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from horovod_lm.config import Config, to_toml
 from horovod_lm.errors import UserError
 
 STATE = "run.json"
+IMPORTED = "imported"  # what an imported run keeps of its source
 _KEPT = ("first_step_seconds", "loss", "validation_loss", "checkpoint")
 
 
@@ -38,6 +40,13 @@ def claim(folder: Path, resume: bool) -> None:
         ) from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"output.folder = {folder} is not writable; give another --output")
+
+
+def carry_over(source: Path, folder: Path) -> None:
+    """Take along what the run in `source` keeps of a model that it was imported from, so that a run
+    which starts with its weights can be exported as that model."""
+    if (source / IMPORTED).is_dir() and not (folder / IMPORTED).exists():
+        shutil.copytree(source / IMPORTED, folder / IMPORTED)
 
 
 class RunRecord:

@@ -17,9 +17,10 @@ _CHUNK = 1 << 16  # elements at a time, so that nothing as large as the weights 
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: `embeddings`, `decoder.0`, `decoder.norm`, `heads`, …"""
+    """The layer of a parameter: `embeddings`, `decoder.0`, `decoder.norm`, `pooler`, `heads`, …"""
     first, _, rest = name.partition(".")
-    return first if first in ("embeddings", "heads") else f"{first}.{rest.partition('.')[0]}"
+    stack = first in ("encoder", "decoder")
+    return f"{first}.{rest.partition('.')[0]}" if stack else first
 
 
 def sketch(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -36,8 +36,11 @@ class TensorBoardLog:
             return
         if row["kind"] == "evaluation":
             values = {"validation/loss": row["loss"], "validation/perplexity": row["perplexity"]}
+            values |= _by_name("validation", row)
         else:
             values = {tag: row[key] for key, tag in _STEP_TAGS.items()}
+            values |= _by_name("train", row)
+            values["train/efficiency"] = row.get("efficiency")
             values["train/tokens_per_second"] = row["tokens"] / max(row["seconds"], 1e-9)
         summary = Summary(
             value=[
@@ -56,3 +59,9 @@ class TensorBoardLog:
     def _write(self, event: Event) -> None:
         self._writer.write(event.SerializeToString())
         self._file.flush()
+
+
+def _by_name(part: str, row: dict[str, Any]) -> dict[str, float | None]:
+    """Each loss, where there are several."""
+    losses = row.get("losses") or {}
+    return {f"{part}/loss/{name}": loss for name, loss in losses.items() if len(losses) > 1}

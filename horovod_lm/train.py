@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,14 @@ from horovod_lm.backend import (
     Engine,
     EngineSettings,
     EngineState,
+    MicroBatch,
     Precision,
     load_backend,
 )
 from horovod_lm.config import Config
 from horovod_lm.console import TrainingConsole
 from horovod_lm.data.batches import Batches, validation_batches
+from horovod_lm.data.feeds import Feed
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.decode import generate
 from horovod_lm.drift import compare_replicas
@@ -43,10 +45,10 @@ from horovod_lm.hooks import (
 )
 from horovod_lm.loop import Hook, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
-from horovod_lm.objectives import Objective
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives import Corpus
+from horovod_lm.objectives.registry import Split, check_kind, factors, loss_names, make_feeds
 from horovod_lm.randomness import initial_weights
-from horovod_lm.run_folder import STATE, RunRecord, claim, default_folder
+from horovod_lm.run_folder import STATE, RunRecord, carry_over, claim, default_folder
 from horovod_lm.schedule import learning_rate
 from horovod_lm.topology import place
 from horovod_lm.variants import display_name
@@ -65,10 +67,14 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
     """
     if resume and output is None:
         raise UserError("--resume needs the folder of the run: give --output")
+    check_kind(config)
     if output is not None:
         claim_check(output, resume)
+    if config.train.start_from is not None and not resume:
+        checkpoint.check_start(Path(config.train.start_from), config.model)
     threads = environment.apply(config)
     prepared = prepare(config)
+    splits = all_feeds(config, prepared)  # what they lack is said before the work begins
     backend = load_backend(config.launch.backend, threads)
     watchdog = Watchdog(2 * config.launch.stall_seconds)
     communicator = watchdog.communicator(backend.communicator())
@@ -82,9 +88,9 @@ def train(config: Config, *, output: Path | None, resume: bool, dry_run: bool = 
             same_config(communicator, config, prepared)
         if dry_run:
             with agreed(communicator):
-                make_engine(config, CausalLM(), backend, communicator)
+                make_engine(config, backend, communicator)
             return
-        Training(config, prepared, backend, communicator, threads, output, resume).run()
+        Training(config, prepared, backend, communicator, threads, output, resume, splits).run()
     except HorovodLmError as error:
         if error.shown_by_me is not None:
             _leave(communicator, error.shown_by_me)
@@ -109,7 +115,7 @@ def claim_check(output: Path, resume: bool) -> None:
 
 def same_config(communicator: Communicator, config: Config, prepared: Prepared) -> None:
     """Collective: raise `UserError`, naming the keys, unless all ranks have the same run."""
-    mine = {f"{s}.{k}": v for s, keys in config.identity.items() for k, v in keys.items()}
+    mine = config.flat
     mine["launch.backend"] = config.launch.backend
     mine["digest of the prepared data"] = prepared.manifest["digest"]
     ranks = [json.loads(text) for text in communicator.allgather(json.dumps(mine).encode())]
@@ -128,7 +134,6 @@ def same_config(communicator: Communicator, config: Config, prepared: Prepared) 
 
 def make_engine(
     config: Config,
-    objective: Objective,
     backend: Backend,
     communicator: Communicator,
     precision: Precision | None = None,
@@ -138,7 +143,7 @@ def make_engine(
     settings = EngineSettings(
         precision=precision or config.train.precision,
         seed=config.train.seed,
-        loss_names=objective.loss_names,
+        loss_names=loss_names(config),
         optimizer=optimizer.name,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,
@@ -146,6 +151,7 @@ def make_engine(
         momentum=optimizer.momentum,
         weight_decay=optimizer.weight_decay,
         dropout_generator=config.train.dropout_generator,
+        recompute=config.train.recompute,
     )
     return backend.engine(config.model, settings, communicator)
 
@@ -161,14 +167,16 @@ class Training:
     threads: int
     output: Path | None
     resume: bool
+    splits: Mapping[Split, list[Feed]] | None = None
 
     def run(self) -> None:
         config, communicator = self.config, self.communicator
-        self.objective = CausalLM()
+        with agreed(communicator):
+            self.feeds = self.splits or all_feeds(config, self.prepared)
         self.folder = self._claim()
         self.scaler = LossScaler(config.loss_scale, config.train.precision == "fp16")
         with agreed(communicator):
-            self.engine = make_engine(config, self.objective, self.backend, communicator)
+            self.engine = make_engine(config, self.backend, communicator)
         step = self._start()
         state = self.engine.state()
         with agreed(communicator):
@@ -214,6 +222,10 @@ class Training:
             else:
                 self._say("no checkpoint to resume from; starting at step 0" * self.resume)
                 weights = initial_weights(self.config.model, self.config.train.seed)
+                if self.config.train.start_from is not None:
+                    source = Path(self.config.train.start_from)
+                    weights = checkpoint.start_weights(source, self.config.model, weights)
+                    self._say(f"starting with the weights of {source}")
                 self.engine.load_state(EngineState(weights))
         return step
 
@@ -234,14 +246,11 @@ class Training:
                 f"than the {communicator.size} ranks; some have no work"
             )
         return Batches(
-            self.prepared.train,
-            self.objective,
-            context=config.model.context,
-            global_batch_size=config.train.global_batch_size,
+            self.feeds["train"],
             micro_batch_size=config.train.micro_batch_size,
-            seed=config.train.seed,
             rank=communicator.rank,
             ranks=communicator.size,
+            factors=partial(factors, config),
         )
 
     def _train(self, run: Run, stack: ExitStack) -> None:
@@ -255,7 +264,8 @@ class Training:
         metrics = Metrics(sinks)
         evaluation = Evaluation(
             config.evaluation.every,
-            partial(rank_validation, config, self.prepared, self.objective, self.communicator),
+            partial(rank_validation, config, self.feeds["validation"], self.communicator),
+            loss_names(config),
             sinks,
         )
         extra = {"data_digest": self.prepared.manifest["digest"]}
@@ -294,6 +304,8 @@ class Training:
 
     def _record(self) -> RunRecord:
         where = place()
+        if self.config.train.start_from is not None:
+            carry_over(Path(self.config.train.start_from), self.folder)
         return RunRecord(
             self.folder,
             self.config,
@@ -355,7 +367,7 @@ class Training:
         """Rank 0 lets the model go on from the beginning of the validation text."""
         context, tokenizer = self.config.model.context, self.prepared.tokenizer
         count = min(SAMPLE_TOKENS, context // 2, len(self.prepared.validation) // 2)
-        if self.communicator.rank or count < 1:
+        if self.communicator.rank or count < 1 or self.config.model.kind != "decoder":
             return None
         text = self.prepared.validation.read(0, 2 * count)
         out = generate(self.engine, text[None, :count], count, context=context, end=tokenizer.end)
@@ -418,14 +430,33 @@ def listening(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def split_feeds(config: Config, prepared: Prepared, split: Split) -> list[Feed]:
+    """What the objectives of `config` read of one split of the prepared data. Raises `UserError`
+    for what they need and is not there."""
+    return make_feeds(config, _corpora(prepared, split), prepared.tokenizer, split)
+
+
+def _corpora(prepared: Prepared, split: Split) -> list[Corpus]:
+    found = []
+    for source in prepared.sources.values():
+        streams = source.train if split == "train" else source.validation
+        tokens = streams["target"] if "target" in streams else streams["text"]
+        found.append(Corpus(source.name, tokens, streams.get("source")))
+    return found
+
+
+def all_feeds(config: Config, prepared: Prepared) -> dict[Split, list[Feed]]:
+    """`split_feeds` of both splits."""
+    splits: tuple[Split, ...] = ("train", "validation")
+    return {split: split_feeds(config, prepared, split) for split in splits}
+
+
 def rank_validation(
-    config: Config, prepared: Prepared, objective: Objective, communicator: Communicator
-) -> Iterator[Any]:
+    config: Config, feeds: list[Feed], communicator: Communicator
+) -> Iterator[MicroBatch]:
     """This rank's share of the validation windows."""
     return validation_batches(
-        prepared.validation,
-        objective,
-        context=config.model.context,
+        feeds,
         rows=min(EVALUATION_ROWS, -(-config.train.global_batch_size // communicator.size)),
         windows=config.evaluation.windows,
         rank=communicator.rank,

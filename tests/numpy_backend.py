@@ -23,6 +23,7 @@ class NumpyEngine:
     communicator: object
     vocabulary: int
     updates: int = 0
+    loss_names: tuple[str, ...] = ("lm",)
 
     def __post_init__(self):
         self.table = np.zeros((self.vocabulary, self.vocabulary))
@@ -31,7 +32,7 @@ class NumpyEngine:
 
     def _clear(self):
         self._gradient = np.zeros_like(self.table)
-        self._loss = 0.0
+        self._losses = np.zeros(len(self.loss_names))
 
     def _nll(self, tokens, loss):
         """(B, L) nll, and (B, L, V) probabilities."""
@@ -41,13 +42,22 @@ class NumpyEngine:
         return -np.take_along_axis(logs, loss.targets[..., None], -1)[..., 0], np.exp(logs)
 
     def forward_backward(self, micro, step, loss_scale):
-        tokens, loss = micro.inputs["tokens"], micro.losses[0]
-        nll, slopes = self._nll(tokens, loss)
-        self._loss += (loss.weights * nll).sum() / loss.normaliser
-        slopes -= np.eye(self.vocabulary)[loss.targets]
-        slopes *= (loss.weights * loss.factor / loss.normaliser)[..., None] * loss_scale
-        np.add.at(self._gradient, tokens, slopes)
+        for index, loss in enumerate(micro.losses):
+            tokens = self._seen(micro, loss)
+            nll, slopes = self._nll(tokens, loss)
+            self._losses[index] += (loss.weights * nll).sum() / loss.normaliser
+            slopes -= np.eye(self.vocabulary)[loss.targets]
+            slopes *= (loss.weights * loss.factor / loss.normaliser)[..., None] * loss_scale
+            np.add.at(self._gradient, tokens, slopes)
         self._scale = loss_scale
+
+    @staticmethod
+    def _seen(micro, loss):
+        """The tokens at which `loss` has targets."""
+        tokens = micro.inputs["tokens"]
+        if loss.positions is None:
+            return tokens
+        return np.take_along_axis(tokens, loss.positions, 1)
 
     def reduce_gradients(self, status=0):
         ranks, rank = self.communicator.size, self.communicator.rank
@@ -55,17 +65,17 @@ class NumpyEngine:
             status |= OVERFLOW
         flags = np.zeros(ranks)
         flags[rank] = status
-        buffer = np.concatenate([self._gradient.ravel(), [self._loss], flags])
+        buffer = np.concatenate([self._gradient.ravel(), self._losses, flags])
         buffer = self.communicator.allreduce(buffer)
         self._clear()
         self.reduced = buffer[: self.table.size].reshape(self.table.shape) / self._scale
         finite = bool(np.isfinite(self.reduced).all())
         self._norm = float(np.sqrt((self.reduced**2).sum()))
         return Reduced(
-            losses={"lm": float(buffer[self.table.size])},
+            losses=dict(zip(self.loss_names, buffer[self.table.size :].tolist(), strict=False)),
             finite=finite,
             norm=self._norm,
-            status=buffer[self.table.size + 1 :].astype(np.int64),
+            status=buffer[self.table.size + len(self.loss_names) :].astype(np.int64),
             tensor=None if finite else TABLE,
         )
 
@@ -75,14 +85,20 @@ class NumpyEngine:
         self.updates += 1
 
     def evaluate(self, micro):
-        loss = micro.losses[0]
-        nll, _ = self._nll(micro.inputs["tokens"], loss)
-        return {"lm": (float((loss.weights * nll).sum()), float(loss.weights.sum()))}
+        found = {}
+        for loss in micro.losses:
+            nll, _ = self._nll(self._seen(micro, loss), loss)
+            found[loss.name] = (float((loss.weights * nll).sum()), float(loss.weights.sum()))
+        return found
 
-    def logits(self, inputs):
+    def logits(self, inputs, head="lm"):
         return self.table[inputs["tokens"]].astype(np.float32)
 
-    def start(self, tokens):
+    def hidden(self, inputs):
+        return {"decoder": self.table[inputs["tokens"]].astype(np.float32)}
+
+    def start(self, inputs):
+        tokens = inputs["tokens"]
         return self.next(tokens[:, -1], tokens.shape[1] - 1)
 
     def next(self, tokens, cache):

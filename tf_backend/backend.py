@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from horovod_lm.backend import EngineSettings
-from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
 
 # Read by the imports below: Keras must run on TensorFlow, whatever a user's keras.json says, and
@@ -54,12 +53,13 @@ with _silence(), _without("matplotlib"):
 
     from tf_backend.bench import BenchTools
     from tf_backend.communicator import Communicator
+    from tf_backend.convert import ConvertTools
     from tf_backend.engine import Engine
     from tf_backend.profiler import profile
 
 
 class Backend:
-    """See `horovod_lm.backend.Backend`. Kinds of model: decoder."""
+    """See `horovod_lm.backend.Backend`."""
 
     name = "tensorflow"
 
@@ -90,11 +90,6 @@ class Backend:
         self, spec: ModelSpec, settings: EngineSettings, communicator: Communicator
     ) -> Engine:
         """A model with zero weights."""
-        if spec.kind != "decoder":
-            raise UserError(
-                f'model.kind = "{spec.kind}" is not realised by backend tensorflow; '
-                "allowed: decoder"
-            )
         # The one place that chooses a device, of those that `communicator` left visible.
         device = "/GPU:0" if tf.config.get_visible_devices("GPU") else "/CPU:0"
         return Engine(spec, settings, communicator, device)
@@ -106,3 +101,7 @@ class Backend:
     def bench(self) -> BenchTools:
         """Peers, bare products and an allreduce, for `horovod-lm bench`."""
         return BenchTools()
+
+    def convert(self) -> ConvertTools:
+        """Its part in conversion, for `horovod-lm convert`."""
+        return ConvertTools()

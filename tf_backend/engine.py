@@ -17,10 +17,11 @@ from horovod_lm.backend import (
     MicroBatch,
     Reduced,
 )
+from horovod_lm.errors import UserError
 from horovod_lm.randomness import dropout_words, native_seed
 from horovod_lm.spec import ModelSpec
 from tf_backend.communicator import Communicator
-from tf_backend.layers import Native, Noise, Words
+from tf_backend.layers import NATIVE_SITES, Native, Noise, Words
 from tf_backend.loss import head_loss
 from tf_backend.model import Transformer
 from tf_backend.optimizer import OPTIMIZERS, global_norm
@@ -45,7 +46,7 @@ class Engine:
         self.spec, self.settings, self.communicator = spec, settings, communicator
         self.device, self.dtype = device, FULL_TYPES[settings.precision]
         with tf.device(device):
-            self.model = Transformer(spec, settings.precision)
+            self.model = Transformer(spec, settings.precision, settings.recompute)
             self.model.build()
             tail = len(settings.loss_names) + communicator.size
             self.weights = Weights(self.model, spec, tail, device)
@@ -59,16 +60,13 @@ class Engine:
     def forward_backward(self, micro: MicroBatch, step: int, loss_scale: float) -> None:
         """Add the gradients and losses of one micro-batch to the accumulator."""
         self._loss_scale = loss_scale
-        tokens = micro.inputs["tokens"]
         losses = [
             self._loss_arrays(loss, loss_scale * loss.factor / loss.normaliser)
             for loss in micro.losses
         ]
         normalisers = tf.constant([loss.normaliser for loss in micro.losses], self.dtype)
-        heads = tuple(loss.head for loss in micro.losses)
-        buffer = self._backward(
-            tf.constant(tokens), self._noise(micro, step), losses, normalisers, heads
-        )
+        noise, kinds = self._noise(micro, step), _kinds(micro)
+        buffer = self._backward(_tensors(micro.inputs), noise, losses, normalisers, kinds)
         self.weights.gradients = buffer if self._empty else self.weights.gradients + buffer
         self._empty = False
 
@@ -110,41 +108,46 @@ class Engine:
     def evaluate(self, micro: MicroBatch) -> dict[str, tuple[float, float]]:
         """By loss name: (weighted sum of nll, sum of weights) on this rank, without dropout."""
         losses = [self._loss_arrays(loss, 0.0) for loss in micro.losses]
-        heads = tuple(loss.head for loss in micro.losses)
-        sums = self._nll_sums(tf.constant(micro.inputs["tokens"]), losses, heads).numpy()
+        sums = self._nll_sums(_tensors(micro.inputs), losses, _kinds(micro)).numpy()
         return {
             loss.name: (float(nll_sum), float(loss.weights.sum()))
             for loss, nll_sum in zip(micro.losses, sums, strict=True)
         }
 
-    def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(B, L, V) logits without dropout."""
-        return self._logits(tf.constant(inputs["tokens"])).numpy()
+    def logits(self, inputs: Mapping[str, np.ndarray], head: str = "lm") -> np.ndarray:
+        """Logits of a head without dropout: (B, L, outputs), or (B, outputs)."""
+        return self._logits(_tensors(inputs), head).numpy()
+
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the stacks give without dropout, by stack, and `pooled`."""
+        return {name: x.numpy() for name, x in self._hidden(_tensors(inputs)).items()}
 
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site."""
-        tokens = micro.inputs["tokens"]
         losses = [self._loss_arrays(loss, loss.factor / loss.normaliser) for loss in micro.losses]
-        heads = tuple(loss.head for loss in micro.losses)
         with tracing(_as_array) as sites:
-            hidden = self.model(tf.constant(tokens), self._noise(micro, step))
-            scaled, _ = self._losses(hidden, losses, heads)
+            hidden = self.model(_tensors(micro.inputs), self._noise(micro, step))
+            scaled, _ = self._losses(hidden, losses, _kinds(micro))
             record("loss", tf.add_n(scaled)[None])
-        sites["logits"] = sites["logits"].reshape(*tokens.shape, -1)
         sites["loss"] = sites["loss"].reshape(())
+        heads = [loss.head for loss in micro.losses]
+        for loss in micro.losses:
+            if heads.count(loss.head) == 1:
+                site = _logits_site(loss.head)
+                sites[site] = sites[site].reshape(*loss.targets.shape, -1)
         return sites
 
-    def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Begin decoding after prompts (B, L)."""
-        spec = self.spec
-        shape = (2, len(tokens), spec.heads, spec.context, spec.head_width)
-        caches = [tf.Variable(tf.zeros(shape, self.dtype)) for _ in range(spec.layers)]
-        return self._decode(tokens, caches, 0)
+    def start(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
+        """Begin decoding after prompts `tokens` (B, L)."""
+        if "decoder" not in self.spec.stacks:
+            raise UserError(f'a model of kind "{self.spec.kind}" has no decoder to generate with')
+        hidden, past = self.model.start(_tensors(inputs))
+        return self.model.logits(self.model.head("lm")(hidden)).numpy(), past
 
     def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         """Feed one token a row."""
-        caches, position = cache
-        return self._decode(tokens[:, None], caches, position)
+        logits = self._next_logits(tf.constant(tokens), cache).numpy()
+        return logits, cache._replace(start=cache.start + 1)
 
     def gradients(self) -> dict[str, np.ndarray]:
         """The reduced gradient by canonical name, as it is before `apply_gradients` clips it."""
@@ -176,65 +179,94 @@ class Engine:
         if "GPU" in self.device:
             tf.test.experimental.sync_devices()
 
-    def _noise(self, micro: MicroBatch, step: int) -> Noise | None:
-        """What the dropout of one forward is made of."""
-        seed, rows = self.settings.seed, micro.rows
+    def _noise(self, micro: MicroBatch, step: int) -> dict[str, Noise]:
+        """What the dropout of one forward is made of, by stack."""
+        seed, rows, stacks = self.settings.seed, micro.rows, list(self.spec.stacks)
         if self.settings.dropout_generator == "native":
-            return Native(tf.constant(native_seed(seed, step, rows)))
-        length = micro.inputs["tokens"].shape[1]
-        words = dropout_words(self.spec, seed, step, rows, length)
-        if words is None:
-            return None
-        arrays = (
-            words.residual_rows,
-            words.residual_columns,
-            words.attention_rows,
-            words.attention_columns,
-        )
-        return Words(*(None if a is None else tf.constant(a) for a in arrays))
+            first = tf.constant(native_seed(seed, step, rows))
+            return {
+                name: Native(tf.add(first, [2 * NATIVE_SITES * number, 0]))
+                for number, name in enumerate(stacks)
+            }
+        inputs = ["source", "tokens"][-len(stacks) :]
+        lengths = {
+            name: micro.inputs[key].shape[1] for name, key in zip(stacks, inputs, strict=True)
+        }
+        noise = {}
+        for name, words in dropout_words(self.spec, seed, step, rows, lengths).items():
+            arrays = (getattr(words, field) for field in Words._fields)
+            noise[name] = Words(*(None if a is None else tf.constant(a) for a in arrays))
+        return noise
 
-    def _loss_arrays(self, loss, coefficient: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _loss_arrays(self, loss, coefficient: float) -> tuple[tf.Tensor | None, ...]:
         weights = loss.weights.reshape(-1).astype(self.dtype.as_numpy_dtype)
         arrays = (loss.targets.reshape(-1), weights, weights * weights.dtype.type(coefficient))
-        return tuple(map(tf.constant, arrays))
+        positions = None if loss.positions is None else tf.constant(loss.positions)
+        return *map(tf.constant, arrays), positions
 
-    def _losses(self, hidden, losses, heads) -> tuple[list, list]:
+    def _losses(self, hidden, losses, kinds) -> tuple[list, list]:
         """The scaled losses and the sums of nll."""
-        rows = tf.reshape(hidden, [-1, hidden.shape[-1]])
-        results = [
-            head_loss(rows, self.model.head_kernel(head), *arrays, self.model.half)
-            for head, arrays in zip(heads, losses, strict=True)
-        ]
+        results = []
+        for (head, smoothing, z_loss), (*arrays, positions) in zip(kinds, losses, strict=True):
+            features = self.model.features(hidden, head, positions)
+            results.append(
+                head_loss(
+                    tf.reshape(features, [-1, features.shape[-1]]),
+                    self.model.head_kernel(head),
+                    self.model.head_bias(head),
+                    *arrays,
+                    smoothing,
+                    z_loss,
+                    self.model.half,
+                    _logits_site(head),
+                )
+            )
         scaled, nll_sums = zip(*results, strict=True)
         return list(scaled), list(nll_sums)
 
-    def _buffer(self, tokens, words, losses, normalisers, heads) -> tf.Tensor:
+    def _buffer(self, inputs, noise, losses, normalisers, kinds) -> tf.Tensor:
         """The flat buffer (P + tail,) of one micro-batch, statuses 0."""
         values = self.weights.values
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            hidden = self.model(tokens, words)
-            scaled, nll_sums = self._losses(hidden, losses, heads)
+            scaled, nll_sums = self._losses(self.model(inputs, noise), losses, kinds)
             total = tf.add_n(scaled)
-        gradients = [tf.reshape(g, [-1]) for g in tape.gradient(total, values)]
+        # A head that no loss of this micro-batch has gets zeros.
+        zero = tf.UnconnectedGradients.ZERO
+        gradients = tape.gradient(total, values, unconnected_gradients=zero)
         tail = [tf.stack(nll_sums) / normalisers, tf.zeros(self.communicator.size, self.dtype)]
-        return tf.concat([*gradients, *tail], 0)
+        return tf.concat([*(tf.reshape(g, [-1]) for g in gradients), *tail], 0)
 
     @tf.function(autograph=False)
-    def _nll_sums(self, tokens, losses, heads) -> tf.Tensor:
-        return tf.stack(self._losses(self.model(tokens), losses, heads)[1])
+    def _nll_sums(self, inputs, losses, kinds) -> tf.Tensor:
+        return tf.stack(self._losses(self.model(inputs), losses, kinds)[1])
 
     @tf.function(autograph=False)
-    def _logits(self, tokens) -> tf.Tensor:
-        return self.model.logits(self.model(tokens))
+    def _logits(self, inputs, head) -> tf.Tensor:
+        return self.model.logits(self.model.features(self.model(inputs), head), head)
 
     @tf.function(autograph=False)
-    def _last_logits(self, tokens, caches, start) -> tf.Tensor:
-        return self.model.logits(self.model(tokens, None, caches, start=start)[:, -1])
+    def _hidden(self, inputs) -> dict[str, tf.Tensor]:
+        return self.model(inputs)
 
-    def _decode(self, tokens, caches, position: int) -> tuple[np.ndarray, Any]:
-        logits = self._last_logits(tf.constant(tokens), caches, tf.constant(position))
-        return logits.numpy(), (caches, position + tokens.shape[1])
+    @tf.function(autograph=False)
+    def _next_logits(self, tokens, past) -> tf.Tensor:
+        hidden, _ = self.model.next(tokens, past)
+        return self.model.logits(self.model.head("lm")(hidden))
+
+
+def _tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, tf.Tensor]:
+    return {name: tf.constant(array) for name, array in inputs.items()}
+
+
+def _kinds(micro: MicroBatch) -> tuple[tuple[str, float, float], ...]:
+    """What is not a tensor in the losses of a micro-batch."""
+    return tuple((loss.head, loss.smoothing, loss.z_loss) for loss in micro.losses)
+
+
+def _logits_site(head: str) -> str:
+    """The name of a head's logits in records."""
+    return "logits" if head == "lm" else f"{head}.logits"
 
 
 def _compiles(settings: EngineSettings) -> bool:

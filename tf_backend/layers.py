@@ -1,16 +1,17 @@
 """The layers of the Transformer. Shape letters: B batch, L queries, M keys, D width, H heads,
-K head width, F feed-forward width, V vocabulary."""
+G heads of keys and values, K head width, F feed-forward width, V vocabulary."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from horovod_lm.activations import record, record_rows
+from horovod_lm.activations import record, record_rows, traced
 from horovod_lm.randomness import MULTIPLIER, threshold
 from horovod_lm.spec import ModelSpec, sinusoidal_positions
 from tf_backend.precision import (
@@ -25,7 +26,11 @@ from tf_backend.precision import (
 )
 from tf_backend.profiler import scope
 
-ROW_BLOCK = 64  # query rows of one block of attention; later keys than its last row are skipped
+# Query rows of one block of attention. A causal one skips the keys after its last row; where every
+# key is seen there is nothing to skip, and large products were faster up to here.
+ROW_BLOCK = 64
+FREE_ROWS = 512
+UNSEEN = -1e30  # added to scores: finite, so that a query that sees no key gives no NaN
 
 
 @tf.custom_gradient
@@ -51,7 +56,11 @@ ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": tf.nn.relu,
+    "silu": tf.nn.silu,
 }
+
+
+NATIVE_SITES = 2**12  # more than a stack has, of either kind
 
 
 class Words(NamedTuple):
@@ -61,15 +70,43 @@ class Words(NamedTuple):
     residual_columns: tf.Tensor | None
     attention_rows: tf.Tensor | None
     attention_columns: tf.Tensor | None
+    cross_rows: tf.Tensor | None
+    cross_columns: tf.Tensor | None
 
 
 class Native(NamedTuple):
-    """The framework's own dropout: `seed` (2,) int32 keys it, together with the site."""
+    """The framework's own dropout in one stack: `seed` (2,) int32 keys it, with the site."""
 
     seed: tf.Tensor
 
 
 Noise = Words | Native
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What attention is told in all blocks of a stack: which keys a query sees, and what positions
+    do to it. `causal`: none after it, and each row has as many queries as new keys, which then are
+    the last ones. `mask` (B, L, M) is 0, or `UNSEEN` where a query does not see a key; `seeing`
+    (B, L, 1) is 1, or 0 for a query that sees none, whose probabilities are equal then and have no
+    gradient. `bias` (H, L, M) and `mask` are added to scaled scores. `rotary` are cosines and sines
+    (B or 1, 1, L, K / 2) by which queries and new keys are turned.
+
+    No named tuple, in which Keras would look for tensors, and refuse it for what is none."""
+
+    causal: bool = False
+    mask: tf.Tensor | None = None
+    seeing: tf.Tensor | None = None
+    bias: tf.Tensor | None = None
+    rotary: tuple[tf.Tensor, tf.Tensor] | None = None
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of one block: keys and values of earlier tokens, (2, B, G, context, K),
+    and those of the encoder's output, (2, B, G, M, K), where it attends to that."""
+
+    own: tf.Variable
+    cross: tf.Tensor | None
 
 
 def keep_mask(rows: tf.Tensor, columns: tf.Tensor, rate: float) -> tf.Tensor:
@@ -83,8 +120,20 @@ def _times_keep(x: tf.Tensor, keep: tf.Tensor, rate: float) -> tf.Tensor:
 
 
 def _site_seed(noise: Native, site: int, start: int = 0) -> tf.Tensor:
-    """`site`: not negative on the residual stream, -1 - i for the attention of layer i."""
+    """`site`: not negative on the residual stream, -1 - i for the attention of layer i, and
+    `NATIVE_SITES` less for its attention to the encoder."""
     return tf.add(noise.seed, [site, start])
+
+
+def _site_noise(noise, site: int, cross: bool):
+    """What drops the probabilities of layer `site`, as `attention` takes it."""
+    if isinstance(noise, Native):
+        return Native(_site_seed(noise, -1 - site - (NATIVE_SITES if cross else 0)))
+    if noise is None or noise.attention_rows is None:
+        return None
+    if cross:
+        return noise.cross_rows[site], noise.cross_columns[site]
+    return noise.attention_rows[site], noise.attention_columns[site]
 
 
 @scope("dropout")
@@ -98,49 +147,103 @@ def dropout(x: tf.Tensor, noise: Noise | None, site: int, rate: float) -> tf.Ten
     return _times_keep(x, keep, rate)
 
 
-def _causal_attention(query, key, value, noise, rate, heads, site, half):
-    """Causal attention of `ROW_BLOCK` query rows at a time, so that keys after a block are never
-    touched, with probabilities kept for the backward. All (B H, L, K), L known when traced.
+def _turned(x, cosines, sines):
+    first, second = tf.split(x, 2, -1)
+    return tf.concat([first * cosines - second * sines, second * cosines + first * sines], -1)
+
+
+def rotate(x_BHLK: tf.Tensor, rotary: tuple[tf.Tensor, tf.Tensor] | None) -> tf.Tensor:
+    """Each pair (i, i + K / 2) turned by its position's angle (Su et al., 2021), in the full type
+    and then rounded as `x` was; the identity without `rotary`."""
+    if rotary is None:
+        return x_BHLK
+    cosines, sines = rotary
+
+    @tf.custom_gradient
+    def turn(x):
+        @scope("attention")
+        def backward(gradient):
+            return tf.cast(_turned(full(gradient), cosines, -sines), gradient.dtype)
+
+        return tf.cast(_turned(full(x), cosines, sines), x.dtype), backward
+
+    return turn(x_BHLK)
+
+
+def _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site, half):
+    """Attention of some query rows at a time, so that what they work on stays in the cache, with
+    probabilities kept for the backward. A causal one never touches the keys after them. Queries
+    (B H, L, K), keys and values (B G, M, K), lengths known when traced.
 
     With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
     """
-    length, width = query.shape[1:]
-    scale = 1 / math.sqrt(width)
-    if isinstance(noise, Words):
-        rows = tf.reshape(noise.attention_rows[site], [-1, length])
-        columns = noise.attention_columns[site]
-    blocks = [(start, min(start + ROW_BLOCK, length)) for start in range(0, length, ROW_BLOCK)]
-    later = np.triu(np.full((length, length), -np.inf, full(query).dtype.as_numpy_dtype), 1)
+    length, keys = query.shape[1], key.shape[1]
+    if noise is not None and not isinstance(noise, Native):
+        rows, columns = tf.reshape(noise[0], [-1, length]), noise[1]
+    step = ROW_BLOCK if sight.causal else FREE_ROWS
+    blocks = []
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        blocks.append((start, end, end if sight.causal else keys))
+    later = None
+    if sight.causal:
+        later = np.triu(np.full((length, length), -np.inf, full(query).dtype.as_numpy_dtype), 1)
 
     def scaled(x):
         # The queries and not the scores, which are larger; but a half would be rounded once more.
-        return x * scale if half is None else x
+        return x * scale if half is None and scale != 1 else x
+
+    def by_head(x):
+        return tf.reshape(x, [-1, heads, *x.shape[-2:]])
+
+    def note(name, x, start, seen):
+        if seen is not None:
+            record_rows(f"{site[0]}.{name}", by_head(x), start, heads, site[1], seen=seen)
+
+    def softmax(scores, bias, start, end, last):
+        """Of scores with all that is added to them."""
+        part = (slice(None), slice(start, end), slice(0, last))
+        added = [] if later is None else [later[part[1:]]]
+        added += [x[part] for x in bias]
+        if sight.mask is not None:
+            added.append(sight.mask[part][:, None])
+        for x in added[1:]:
+            added[0] = added[0] + x
+        if len(added) > (later is not None):
+            scores = by_head(scores) + added[0]
+        elif added:
+            scores = scores + added[0]
+        seen = _seen(sight, start, end, last)
+        note("scores", scores, start, seen)
+        probabilities = tf.reshape(tf.nn.softmax(scores), [-1, end - start, last])
+        note("probabilities", probabilities, start, seen)
+        return probabilities
 
     @tf.custom_gradient
-    def attend(query, key, value):
+    def attend(query, key, value, *bias):
         query, key, value = scaled(operand(query, half)), operand(key, half), operand(value, half)
+        if times > 1:
+            key, value = (tf.repeat(x, times, axis=0) for x in (key, value))
         outputs, saved = [], []
-        for start, end in blocks:
-            keys = tf.transpose(key[:, :end], [0, 2, 1])
-            scores = full(multiply(query[:, start:end], keys, half))
-            if half is not None:
+        for start, end, last in blocks:
+            transposed = tf.transpose(key[:, :last], [0, 2, 1])
+            scores = full(multiply(query[:, start:end], transposed, half))
+            if half is not None and scale != 1:
                 scores *= scale
-            record_rows("attention.scores", scores, start, heads, site)
-            probabilities = tf.nn.softmax(scores + later[start:end, :end])
-            record_rows("attention.probabilities", probabilities, start, heads, site)
+            probabilities = softmax(scores, bias, start, end, last)
             dropped, keep = probabilities, None
             if isinstance(noise, Native):
-                seed = _site_seed(noise, -1 - site, start)
                 shape = tf.shape(probabilities)
-                keep = tf.random.stateless_uniform(shape, seed) >= rate
+                keep = tf.random.stateless_uniform(shape, tf.add(noise.seed, [0, start])) >= rate
             elif noise is not None:
-                keep = keep_mask(rows[:, start:end], columns[:end], rate)
+                keep = keep_mask(rows[:, start:end], columns[:last], rate)
             if keep is not None:
                 dropped = _times_keep(probabilities, keep, rate)
-                record_rows("attention.dropped", dropped, start, heads, site)
+                seen = _seen(sight, start, end, last)
+                note("dropped", dropped, start, seen)
             dropped = operand(dropped, half)
-            outputs.append(multiply(dropped, value[:, :end], half))
+            outputs.append(multiply(dropped, value[:, :last], half))
             saved.append((probabilities, dropped, keep))
         output = tf.concat(outputs, 1)
 
@@ -148,58 +251,104 @@ def _causal_attention(query, key, value, noise, rate, heads, site, half):
         def backward(gradient):
             inner_sum = tf.reduce_sum(full(gradient) * full(output), -1, keepdims=True)
             gradient = operand(gradient, half)
-            d_query, d_key, d_value = [], [], []
-            for (start, end), (probabilities, dropped, keep) in zip(blocks, saved, strict=True):
-                part, rest = gradient[:, start:end], [[0, 0], [0, length - end], [0, 0]]
-                values = tf.transpose(value[:, :end], [0, 2, 1])
-                d_scores = full(multiply(part, values, half))
+            d_query, d_key, d_value, d_bias = [], [], [], []
+            for (start, end, last), (probabilities, dropped, keep) in zip(
+                blocks, saved, strict=True
+            ):
+                part = gradient[:, start:end]
+                d_scores = full(multiply(part, tf.transpose(value[:, :last], [0, 2, 1]), half))
                 if keep is not None:
                     d_scores = _times_keep(d_scores, keep, rate)
                 d_scores = (d_scores - inner_sum[:, start:end]) * probabilities
-                if half is not None:
+                if sight.seeing is not None:
+                    shape, seeing = tf.shape(d_scores), sight.seeing[:, None, start:end]
+                    d_scores = tf.reshape(by_head(d_scores) * seeing, shape)
+                if bias:
+                    d_bias.append(_padded(tf.reduce_sum(by_head(d_scores), 0), 2, keys))
+                if half is not None and scale != 1:
                     d_scores *= scale
                 d_scores = operand(d_scores, half)
-                d_query.append(multiply(d_scores, key[:, :end], half))
+                d_query.append(multiply(d_scores, key[:, :last], half))
                 for total, weights, x in (
                     (d_key, d_scores, query[:, start:end]),
                     (d_value, dropped, part),
                 ):
                     share = full(multiply(tf.transpose(weights, [0, 2, 1]), x, half))
-                    total.append(tf.pad(share, rest))
+                    total.append(_padded(share, 1, keys))
             d_query = scaled(tf.concat(d_query, 1))
-            return d_query, cast(tf.add_n(d_key), half), cast(tf.add_n(d_value), half)
+            d_key, d_value = (tf.add_n(total) for total in (d_key, d_value))
+            if times > 1:
+                shape = [-1, times, *d_key.shape[1:]]
+                d_key, d_value = (tf.reduce_sum(tf.reshape(x, shape), 1) for x in (d_key, d_value))
+            d_bias = [tf.concat(d_bias, 1)] if bias else []
+            return d_query, cast(d_key, half), cast(d_value, half), *d_bias
 
         return output, backward
 
-    return attend(query, key, value)
+    return attend(query, key, value, *([] if sight.bias is None else [sight.bias]))
+
+
+def _padded(x, axis: int, size: int):
+    """With zeros at the end of `axis`, up to `size`."""
+    missing = size - x.shape[axis]
+    if not missing:
+        return x
+    return tf.pad(x, [[0, missing if i == axis else 0] for i in range(len(x.shape))])
+
+
+def _seen(sight: Sight, start: int, end: int, last: int) -> np.ndarray | None:
+    """`seen` of `record_rows` for the query rows from `start` to `end`, (B or 1, 1, rows, keys)."""
+    if not traced():
+        return None
+    seen = np.tril(np.ones((1, 1, end - start, last), bool), start if sight.causal else last)
+    if sight.mask is not None:
+        seen = seen & (sight.mask[:, None, start:end, :last].numpy() == 0)
+    return seen
+
+
+def _plain(query_BHLK, key_BGMK, value_BGMK, sight, scale, half):
+    """Attention of queries to a cache whose last keys are their own, in few operations."""
+    _, heads, length, width = query_BHLK.shape
+    groups, keys = key_BGMK.shape[1], tf.shape(key_BGMK)[2]
+    query = tf.reshape(query_BHLK, [-1, groups, heads // groups * length, width])
+    scores = full(product(query, tf.transpose(key_BGMK, [0, 1, 3, 2]), half)) * scale
+    scores = tf.reshape(scores, [-1, heads, length, keys])
+    if sight.bias is not None:
+        scores += sight.bias
+    later = tf.range(keys) > tf.range(length)[:, None] + (keys - length)
+    scores = tf.where(later, tf.constant(-math.inf, scores.dtype), scores)
+    probabilities = tf.reshape(tf.nn.softmax(scores), [-1, groups, query.shape[2], keys])
+    mixed = product(probabilities, value_BGMK, half)
+    return tf.reshape(mixed, [-1, heads, length, width])
 
 
 def attention(
     query_BHLK: tf.Tensor,
-    key_BHMK: tf.Tensor,
-    value_BHMK: tf.Tensor,
-    noise: Noise | None,
-    site: int,
+    key_BGMK: tf.Tensor,
+    value_BGMK: tf.Tensor,
+    sight: Sight,
+    scale: float,
+    noise: tuple[tf.Tensor, tf.Tensor] | Native | None,
     rate: float,
+    site: tuple[str, str],
     half: tf.DType | None,
 ) -> tf.Tensor:
-    """softmax(q k^T / sqrt(K)) v, causal: query i sees the keys up to M - L + i. (B, H, L, K).
+    """softmax(scale q k^T + bias + mask) v, (B, H, L, K). Head g of keys and values serves the
+    queries' heads g H / G to (g + 1) H / G - 1.
 
-    With noise the probabilities are dropped by the mask of layer `site`. Queries beside a cache
-    take the plain form, which knows no noise.
+    `noise` drops probabilities: words of rows (B, H, L) and columns (M,), or a generator's seed.
+    `site` names what is recorded: the attention, and its block. Queries beside a cache take
+    a plain form, which is causal and knows no noise.
     """
+    if key_BGMK.shape[2] is None or (sight.causal and key_BGMK.shape[2] != query_BHLK.shape[2]):
+        return _plain(query_BHLK, key_BGMK, value_BGMK, sight, scale, half)
     _, heads, length, width = query_BHLK.shape
-    if length is not None and length == key_BHMK.shape[2]:
-        flat = [tf.reshape(x, [-1, length, width]) for x in (query_BHLK, key_BHMK, value_BHMK)]
-        output = _causal_attention(*flat, noise if rate else None, rate, heads, site, half)
-        return tf.reshape(output, [-1, heads, length, width])
-    keys_BHKM = tf.transpose(key_BHMK, [0, 1, 3, 2])
-    scores_BHLM = full(product(query_BHLK, keys_BHKM, half)) / math.sqrt(width)
-    length, keys = tf.shape(scores_BHLM)[2], tf.shape(scores_BHLM)[3]
-    later = tf.range(keys) > tf.range(length)[:, None] + (keys - length)
-    infinity = tf.constant(math.inf, scores_BHLM.dtype)
-    probabilities = tf.nn.softmax(tf.where(later, -infinity, scores_BHLM))
-    return product(probabilities, value_BHMK, half)
+    times, keys = heads // key_BGMK.shape[1], key_BGMK.shape[2]
+    query = tf.reshape(query_BHLK, [-1, length, width])
+    key, value = (tf.reshape(x, [-1, keys, width]) for x in (key_BGMK, value_BGMK))
+    noise = noise if rate else None
+    output = _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site, half)
+    return tf.reshape(output, [-1, heads, length, width])
 
 
 @tf.custom_gradient
@@ -214,41 +363,62 @@ def _lookup(table, indices):
 
 
 class Embeddings(keras.layers.Layer):
-    """Token embeddings plus positions, then (post-norm only) a norm, then dropout: (B, L) int
-    to (B, L, D)."""
+    """Token embeddings plus positions and segments, then a norm where the spec has one, then
+    dropout: (B, L) int to (B, L, D)."""
 
     def __init__(self, spec: ModelSpec, precision: str) -> None:
         super().__init__(name="embeddings", dtype=FULL_TYPES[precision].name, autocast=False)
         self.spec = spec
-        self.norm = LayerNorm(spec, precision, "norm") if spec.norm_placement == "post" else None
+        self.norm = Norm(spec, precision, "norm") if spec.has_embedding_norm else None
 
     def build(self, input_shape=None) -> None:
         spec = self.spec
         shape = (spec.vocabulary, spec.width)
         self.tokens = self.add_weight(shape=shape, initializer="zeros", name="tokens")
+        self.positions = self.segments = None
         if spec.positions == "learned":
-            shape = (spec.context, spec.width)
+            shape = (spec.context + spec.position_offset, spec.width)
             self.positions = self.add_weight(shape=shape, initializer="zeros", name="positions")
-        else:
+        elif spec.positions == "sinusoidal":
             self.positions = sinusoidal_positions(spec).astype(self.dtype)
+        if spec.segments:
+            shape = (spec.segments, spec.width)
+            self.segments = self.add_weight(shape=shape, initializer="zeros", name="segments")
         if self.norm is not None:
             self.norm.build()
 
     def call(
-        self, tokens_BL: tf.Tensor, noise: Noise | None, start: tf.Tensor | int = 0
+        self,
+        tokens_BL: tf.Tensor,
+        noise: Noise | None,
+        positions_BL: tf.Tensor | None = None,
+        segments_BL: tf.Tensor | None = None,
+        start: tf.Tensor | int = 0,
+        site: str = "embeddings",
     ) -> tf.Tensor:
-        """`start` is the position of the first token."""
+        """Without `positions`, they begin with `start`; without `segments`, all are 0. What is
+        recorded is named after `site`."""
+        spec = self.spec
         x = _lookup(tf.convert_to_tensor(self.tokens), tokens_BL)
-        if self.spec.embedding_scale != 1:
-            x = x * self.spec.embedding_scale
-        positions = tf.convert_to_tensor(self.positions)
-        x = x + positions[start : start + tf.shape(tokens_BL)[1]]
-        record("embeddings.sum", x)
+        if spec.embedding_scale != 1:
+            x = x * spec.embedding_scale
+        if self.positions is not None:
+            table = tf.convert_to_tensor(self.positions)
+            if positions_BL is None:
+                first, length = start + spec.position_offset, tokens_BL.shape[1]
+                # The shape is made known again where `start` is not.
+                x = x + tf.reshape(table[first : first + length], [length, spec.width])
+            else:
+                x = x + _lookup(table, positions_BL + spec.position_offset)
+        if self.segments is not None:
+            table = tf.convert_to_tensor(self.segments)
+            x = x + (table[0] if segments_BL is None else _lookup(table, segments_BL))
+        record(f"{site}.sum", x)
         if self.norm is not None:
             x = self.norm(x)
-            record("embeddings.norm", x)
-        x = dropout(x, noise, 0, self.spec.dropout)
-        record("embeddings", x)
+            record(f"{site}.norm", x)
+        x = dropout(x, noise, 0, spec.dropout)
+        record(site, x)
         return x
 
 
@@ -274,41 +444,62 @@ def _normalise(x, epsilon):
     return normalise(x)
 
 
-class LayerNorm(keras.layers.Layer):
-    """Layer normalisation over the width (Ba et al., 2016), never in a half."""
+def _divide_by_size(x, epsilon):
+    """x r with r = 1 / sqrt(mean(x^2) + epsilon) over the last axis; its gradient
+    r (g - y mean(g y)) in one go."""
+
+    @tf.custom_gradient
+    def divide(x):
+        inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + epsilon)
+        y = x * inverse
+
+        @scope("norm")
+        def backward(gradient):
+            along = tf.reduce_mean(gradient * y, -1, keepdims=True)
+            return inverse * (gradient - y * along)
+
+        return y, backward
+
+    return divide(x)
+
+
+NORMS = {"layer_norm": _normalise, "rms_norm": _divide_by_size}
+
+
+class Norm(keras.layers.Layer):
+    """Layer normalisation over the width (Ba et al., 2016), or by the root of the mean square alone
+    (Zhang and Sennrich, 2019); never in a half."""
 
     def __init__(self, spec: ModelSpec, precision: str, name: str) -> None:
         super().__init__(name=name, dtype=FULL_TYPES[precision].name, autocast=False)
-        self.spec = spec
+        self.spec, self.normalise = spec, NORMS[spec.norm]
 
     def build(self, input_shape=None) -> None:
         shape = (self.spec.width,)
         self.scale = self.add_weight(shape=shape, initializer="zeros", name="scale")
         self.bias = None
-        if self.spec.bias:
+        if self.spec.bias and self.spec.norm == "layer_norm":
             self.bias = self.add_weight(shape=shape, initializer="zeros", name="bias")
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """(…, D) to (…, D)."""
-        y = _normalise(x, self.spec.norm_epsilon) * self.scale
+        y = self.normalise(x, self.spec.norm_epsilon) * self.scale
         return y if self.bias is None else tf.nn.bias_add(y, self.bias)
 
 
 class Linear(keras.layers.Layer):
     """`x @ kernel + bias`, kernel (inputs, outputs)."""
 
-    def __init__(
-        self, spec: ModelSpec, inputs: int, outputs: int, precision: str, name: str
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, precision: str, name: str) -> None:
         super().__init__(name=name, dtype=FULL_TYPES[precision].name, autocast=False)
-        self.spec, self.half = spec, HALF_TYPES[precision]
+        self.half, self.has_bias = HALF_TYPES[precision], bias
         self.inputs_outputs = inputs, outputs
 
     def build(self, input_shape=None) -> None:
         inputs, outputs = self.inputs_outputs
         self.kernel = self.add_weight(shape=(inputs, outputs), initializer="zeros", name="kernel")
         self.bias = None
-        if self.spec.bias:
+        if self.has_bias:
             self.bias = self.add_weight(shape=(outputs,), initializer="zeros", name="bias")
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
@@ -317,126 +508,199 @@ class Linear(keras.layers.Layer):
 
 
 class Attention(keras.layers.Layer):
-    """Causal multi-head self-attention (Vaswani et al., 2017) with one fused product for query,
-    key and value. A key's bias exists only where the spec asks for it: softmax cancels it."""
+    """Multi-head attention (Vaswani et al., 2017): to the same stack, with one fused product for
+    query, key and value where they are equally wide, or to the encoder. Elsewhere key and value
+    alone are fused. A key's bias exists only where the spec asks for it: softmax cancels it."""
 
-    def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
-        super().__init__(name="attention", dtype=FULL_TYPES[precision].name, autocast=False)
-        self.spec, self.half, self.site = spec, HALF_TYPES[precision], site
-        self.output_linear = Linear(spec, spec.width, spec.width, precision, "output")
+    def __init__(
+        self, spec: ModelSpec, precision: str, block: str, index: int, name: str = "attention"
+    ) -> None:
+        super().__init__(name=name, dtype=FULL_TYPES[precision].name, autocast=False)
+        self.spec, self.half = spec, HALF_TYPES[precision]
+        self.block, self.index, self.cross = block, index, name == "cross_attention"
+        self.fused = not self.cross and spec.heads == spec.key_value_count
+        widths = spec.attention_width, spec.width
+        self.output_linear = Linear(*widths, spec.bias, precision, "output")
 
     def build(self, input_shape=None) -> None:
-        width = self.spec.width
-        self.qkv_kernel = self.add_weight(
-            shape=(width, 3 * width), initializer="zeros", name="qkv_kernel"
-        )
-        wanted = {"query": self.spec.bias, "key": self.spec.key_bias, "value": self.spec.bias}
-        self.qkv_biases = [
-            self.add_weight(shape=(width,), initializer="zeros", name=f"{name}_bias")
-            if here
-            else tf.zeros(width, self.dtype)
-            for name, here in wanted.items()
-        ]
+        spec = self.spec
+        queries, keys = spec.attention_width, spec.key_value_count * spec.head_width
+        widths = {"query_kernel": queries, "key_value_kernel": 2 * keys}
+        if self.fused:
+            widths = {"qkv_kernel": 3 * queries}
+        for name, width in widths.items():
+            shape = (spec.width, width)
+            setattr(self, name, self.add_weight(shape=shape, initializer="zeros", name=name))
+        wanted = {
+            "query_bias": (spec.bias, queries),
+            "key_bias": (spec.has_key_bias, keys),
+            "value_bias": (spec.bias, keys),
+        }
+        self.biases = None
+        if spec.bias or spec.has_key_bias:
+            self.biases = [
+                self.add_weight(shape=(width,), initializer="zeros", name=name)
+                if here
+                else tf.zeros(width, self.dtype)
+                for name, (here, width) in wanted.items()
+            ]
         self.output_linear.build()
+
+    def remember(self, x: tf.Tensor) -> tf.Tensor:
+        """Keys and values (2, B, G, M, K) of what the queries see, (B, M, D)."""
+        return self._heads(self._product(x, self.key_value_kernel, 1, 3), 2)
 
     def call(
         self,
         x: tf.Tensor,
+        sight: Sight,
         noise: Noise | None,
+        memory: tf.Tensor | None = None,
         cache: tf.Variable | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
-        """(B, L, D) to (B, L, D). `cache` (2, B, H, context, K) holds keys and values of the
-        positions before `start`, and receives those of `x`."""
-        batch, length, width = (*tf.unstack(tf.shape(x)[:2]), self.spec.width)
-        length = x.shape[1] or length
-        bias = tf.concat(self.qkv_biases, 0)
-        qkv = linear(x, self.qkv_kernel, bias, self.half)
-        qkv = tf.reshape(qkv, [batch, length, 3, self.spec.heads, self.spec.head_width])
-        query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
+        """(B, L, D) to (B, L, D). `memory` is what `remember` made of the encoder's output, for
+        attention to it. `cache` (2, B, G, context, K) holds keys and values of the positions before
+        `start`, and receives those of `x`."""
+        if self.fused:
+            query, key, value = tf.unstack(self._heads(self._product(x, self.qkv_kernel, 0, 3), 3))
+        else:
+            (query,) = tf.unstack(self._heads(self._product(x, self.query_kernel, 0, 1), 1))
+            key, value = tf.unstack(memory if self.cross else self.remember(x))
+        query, key = rotate(query, sight.rotary), rotate(key, sight.rotary)
         for name, part in (("query", query), ("key", key), ("value", value)):
-            record(f"attention.{name}", part, self.site)
+            record(f"{self.name}.{name}", part, self.block)
         if cache is not None:
-            new = full(tf.stack([key, value]))
-            cache[:, :, :, start : start + length].assign(new)
-            key, value = tf.unstack(cast(cache[:, :, :, : start + length], self.half))
-        rate = self.spec.attention_dropout
-        mixed = attention(query, key, value, noise, self.site, rate, self.half)
-        mixed = tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [batch, length, width])
-        record("attention.mixed", mixed, self.site)
+            end = start + x.shape[1]
+            cache[:, :, :, start:end].assign(full(tf.stack([key, value])))
+            key, value = tf.unstack(cast(cache[:, :, :, :end], self.half))
+        noise = _site_noise(noise, self.index, self.cross)
+        rate, site = self.spec.attention_dropout, (self.name, self.block)
+        scale = self.spec.attention_scale
+        mixed = attention(query, key, value, sight, scale, noise, rate, site, self.half)
+        mixed = tf.transpose(mixed, [0, 2, 1, 3])
+        mixed = tf.reshape(mixed, [-1, x.shape[1], self.spec.attention_width])
+        record(f"{self.name}.mixed", mixed, self.block)
         output = self.output_linear(mixed)
-        record("attention.output", output, self.site)
+        record(f"{self.name}.output", output, self.block)
         return output
+
+    def _product(self, x, kernel, first: int, last: int) -> tf.Tensor:
+        """With the biases from the `first` of query, key and value on."""
+        bias = None if self.biases is None else tf.concat(self.biases[first:last], 0)
+        return linear(x, kernel, bias, self.half)
+
+    def _heads(self, x, parts: int) -> tf.Tensor:
+        """(B, L, parts H K) as (parts, B, H, L, K)."""
+        width = self.spec.head_width
+        shape = [-1, x.shape[1], parts, x.shape[2] // (parts * width), width]
+        return tf.transpose(tf.reshape(x, shape), [2, 0, 3, 1, 4])
 
 
 class FeedForward(keras.layers.Layer):
-    """Two linear layers with an activation between."""
+    """Two linear layers with an activation between, or (Shazeer, 2020) with the activation of a
+    third one times the first."""
 
-    def __init__(self, spec: ModelSpec, precision: str, site: int) -> None:
+    def __init__(self, spec: ModelSpec, precision: str, block: str) -> None:
         super().__init__(name="feed_forward", dtype=FULL_TYPES[precision].name, autocast=False)
-        self.site = site
-        self.up = Linear(spec, spec.width, spec.inner_width, precision, "up")
-        self.down = Linear(spec, spec.inner_width, spec.width, precision, "down")
+        self.block = block
+        self.up = Linear(spec.width, spec.inner_width, spec.bias, precision, "up")
+        self.gate = None
+        if spec.gated:
+            self.gate = Linear(spec.width, spec.inner_width, spec.bias, precision, "gate")
+        self.down = Linear(spec.inner_width, spec.width, spec.bias, precision, "down")
         self.activation = ACTIVATIONS[spec.activation]
 
     def build(self, input_shape=None) -> None:
-        self.up.build()
-        self.down.build()
+        for layer in (self.up, self.gate, self.down):
+            if layer is not None:
+                layer.build()
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """(B, L, D) to (B, L, D)."""
-        x = self.up(x)
-        record("feed_forward.up", x, self.site)
+        up = self.up(x)
+        record("feed_forward.up", up, self.block)
         # The activation of a half is computed in fp32 and rounded once, as torch does it.
-        x = tf.cast(self.activation(full(x)), x.dtype)
-        record("feed_forward.activation", x, self.site)
+        if self.gate is None:
+            x = tf.cast(self.activation(full(up)), up.dtype)
+        else:
+            gate = self.gate(x)
+            record("feed_forward.gate", gate, self.block)
+            x = tf.cast(self.activation(full(gate)) * full(up), up.dtype)
+        record("feed_forward.activation", x, self.block)
         x = self.down(x)
-        record("feed_forward.down", x, self.site)
+        record("feed_forward.down", x, self.block)
         return x
 
 
 class Block(keras.layers.Layer):
-    """Attention and feed-forward, each on a residual branch with dropout; the norm stands before
-    the branch ("pre") or after the sum ("post")."""
+    """Attention, in a decoder beside an encoder attention to that, and feed-forward, each on a
+    residual branch with dropout; the norm stands before the branch ("pre") or after the sum
+    ("post")."""
 
-    def __init__(self, spec: ModelSpec, precision: str, index: int) -> None:
-        super().__init__(name=f"decoder.{index}", dtype=FULL_TYPES[precision].name, autocast=False)
-        self.spec, self.index = spec, index
-        self.attention_norm = LayerNorm(spec, precision, "attention_norm")
-        self.attention = Attention(spec, precision, index)
-        self.feed_forward_norm = LayerNorm(spec, precision, "feed_forward_norm")
-        self.feed_forward = FeedForward(spec, precision, index)
+    def __init__(self, spec: ModelSpec, precision: str, stack: str, index: int) -> None:
+        super().__init__(name=str(index), dtype=FULL_TYPES[precision].name, autocast=False)
+        self.spec, self.block = spec, f"{stack}.{index}"
+        cross = stack == "decoder" and "encoder" in spec.stacks
+        self.first_site = 1 + (3 if cross else 2) * index
+        place = spec, precision, self.block, index
+        self.attention_norm = Norm(spec, precision, "attention_norm")
+        self.attention = Attention(*place)
+        self.cross_attention_norm = self.cross_attention = None
+        if cross:
+            self.cross_attention_norm = Norm(spec, precision, "cross_attention_norm")
+            self.cross_attention = Attention(*place, "cross_attention")
+        self.feed_forward_norm = Norm(spec, precision, "feed_forward_norm")
+        self.feed_forward = FeedForward(spec, precision, self.block)
 
     def build(self, input_shape=None) -> None:
         for layer in (
             self.attention_norm,
             self.attention,
+            self.cross_attention_norm,
+            self.cross_attention,
             self.feed_forward_norm,
             self.feed_forward,
         ):
-            layer.build()
+            if layer is not None:
+                layer.build()
 
     def call(
         self,
         x: tf.Tensor,
+        sight: Sight,
         noise: Noise | None,
-        cache: tf.Variable | None = None,
+        encoded: tf.Tensor | None = None,
+        cross_sight: Sight | None = None,
+        cache: Cache | None = None,
         start: tf.Tensor | int = 0,
     ) -> tf.Tensor:
-        """(B, L, D) to (B, L, D), no half; see `Attention` for `cache` and `start`."""
-        rate, site = self.spec.dropout, 1 + 2 * self.index
+        """(B, L, D) to (B, L, D), no half. `encoded` is the encoder's output (B, M, D), where
+        there is one and the cache does not have what it gives; `start` is as in `Attention`."""
+        own = None if cache is None else cache.own
+
+        def cross(x):
+            attend = self.cross_attention
+            memory = attend.remember(encoded) if cache is None else cache.cross
+            return attend(x, sight=cross_sight, noise=noise, memory=memory)
+
+        def same(x):
+            return self.attention(x, sight=sight, noise=noise, cache=own, start=start)
+
+        # By keyword: Keras wants nothing but tensors without.
+        branches = {"attention": same}
+        if self.cross_attention is not None:
+            branches["cross_attention"] = cross
+        branches["feed_forward"] = self.feed_forward
         pre = self.spec.norm_placement == "pre"
-        branch = self._norm("attention", x) if pre else x
-        branch = self.attention(branch, noise, cache, start=start)
-        x = x + dropout(full(branch), noise, site, rate)
-        record("attention.residual", x, self.index)
-        x = x if pre else self._norm("attention", x)
-        branch = self.feed_forward(self._norm("feed_forward", x) if pre else x)
-        x = x + dropout(full(branch), noise, site + 1, rate)
-        record("feed_forward.residual", x, self.index)
-        return x if pre else self._norm("feed_forward", x)
+        for site, (name, branch) in enumerate(branches.items(), self.first_site):
+            y = branch(self._norm(name, x) if pre else x)
+            x = x + dropout(full(y), noise, site, self.spec.dropout)
+            record(f"{name}.residual", x, self.block)
+            x = x if pre else self._norm(name, x)
+        return x
 
     def _norm(self, name: str, x: tf.Tensor) -> tf.Tensor:
         x = getattr(self, f"{name}_norm")(x)
-        record(f"{name}_norm", x, self.index)
+        record(f"{name}_norm", x, self.block)
         return x

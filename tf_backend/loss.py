@@ -11,63 +11,97 @@ from tf_backend.profiler import scope
 ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
 
-def _chunk(hidden, kernel, targets, weights, coefficients, half):
-    """Both sums of one chunk of rows, its dh and its share of dW^T."""
+def _chunk(hidden, kernel, bias, targets, weights, coefficients, smoothing, z_loss, half, site):
+    """Both sums of one chunk of rows, its dh, its share of dW^T and that of db."""
     hidden, kernel = operand(hidden, half), operand(kernel, half)
     z = full(multiply(hidden, kernel, half))
-    record("logits", z)
-    z -= tf.reduce_max(z, -1, keepdims=True)
+    if bias is not None:
+        z = tf.nn.bias_add(z, bias)
+    record(site, z)
+    largest = tf.reduce_max(z, -1, keepdims=True)
+    z -= largest
     cells = tf.stack([tf.range(targets.shape[0]), targets], 1)
     picked = tf.gather_nd(z, cells)
     exponentials = tf.exp(z)
     total = tf.reduce_sum(exponentials, -1)
-    nll = tf.math.log(total) - picked
-    sums = tf.stack([tf.reduce_sum(weights * nll), tf.reduce_sum(coefficients * nll)])
-    d_z = exponentials * (coefficients / total)[:, None]
-    d_z = operand(tf.tensor_scatter_nd_sub(d_z, cells, coefficients), half)
+    logarithm = tf.math.log(total)
+    nll = losses = logarithm - picked
+    scaled = taken = coefficients
+    if smoothing:
+        losses += smoothing * (picked - tf.reduce_mean(z, -1))
+        taken = (1 - smoothing) * coefficients
+    if z_loss:
+        logarithm += largest[:, 0]
+        losses += z_loss * tf.square(logarithm)
+        scaled = (1 + 2 * z_loss * logarithm) * coefficients
+    sums = tf.stack([tf.reduce_sum(weights * nll), tf.reduce_sum(coefficients * losses)])
+    d_z = exponentials * (scaled / total)[:, None]
+    if smoothing:
+        d_z -= (smoothing / z.shape[1] * coefficients)[:, None]
+    d_z = tf.tensor_scatter_nd_sub(d_z, cells, taken)
+    d_bias = None if bias is None else tf.raw_ops.BiasAddGrad(out_backprop=d_z)
+    d_z = operand(d_z, half)
     d_hidden = multiply(d_z, tf.transpose(kernel), half)
     d_kernel = multiply(tf.transpose(d_z), hidden, half)
-    return sums, full(d_hidden), full(d_kernel)
+    return sums, full(d_hidden), full(d_kernel), d_bias
 
 
 @scope("loss")
 def head_loss(
     hidden_ND: tf.Tensor,
     kernel_DV: tf.Tensor,
+    bias_V: tf.Tensor | None,
     targets_N: tf.Tensor,
     weights_N: tf.Tensor,
     coefficients_N: tf.Tensor,
+    smoothing: float,
+    z_loss: float,
     half: tf.DType | None,
+    site: str,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Two sums over the rows of their negative log-likelihood in nats: times `coefficients` (the
-    differentiable one), and times `weights`. `targets` are int32. To be called in a `tf.function`,
-    which leaves the gradients out where nobody asks for them.
+    """Two sums over the rows: of their losses times `coefficients` (the differentiable one), and
+    of their negative log-likelihood in nats times `weights`. `targets` are int32; the logits are
+    recorded as `site`. To be called in a `tf.function`, which leaves the gradients out where nobody
+    asks for them.
 
-    With z = h W, p = softmax(z) and c the rows' coefficients: L = sum c (logsumexp(z) - z_y),
-    dz = c (p - onehot(y)), dh = dz W^T, dW = h^T dz. Gradients are made in the forward, while the
-    chunk's logits are at hand, and handed out in the backward.
+    With z = h W + b, p = softmax(z), s = logsumexp(z), e `smoothing`, a `z_loss` and c the rows'
+    coefficients: L = sum c ((1 - e) (s - z_y) + e (s - mean(z)) + a s^2),
+    dz = c ((1 + 2 a s) p - (1 - e) onehot(y) - e / V), dh = dz W^T, dW = h^T dz, db = sum dz.
+    Gradients are made in the forward, while the chunk's logits are at hand, and handed out in the
+    backward.
     """
+    settings = smoothing, z_loss, half, site
 
     @tf.custom_gradient
-    def forward(hidden, kernel):
-        sums, d_hidden, d_table = tf.zeros(2, weights_N.dtype), [], 0.0
+    def forward(hidden, kernel, *bias):
+        sums, d_hidden, d_table, d_bias = tf.zeros(2, weights_N.dtype), [], 0.0, 0.0
         for start in range(0, hidden.shape[0], ROWS):
             part = slice(start, start + ROWS)
             # One chunk after the other: side by side their logits would not fit the cache.
             with tf.control_dependencies([sums]):
                 rows = tf.identity(hidden[part])
-            chunk, d_rows, d_part = _chunk(
-                rows, kernel, targets_N[part], weights_N[part], coefficients_N[part], half
+            chunk, d_rows, d_part, d_share = _chunk(
+                rows,
+                kernel,
+                bias[0] if bias else None,
+                targets_N[part],
+                weights_N[part],
+                coefficients_N[part],
+                *settings,
             )
             sums += chunk
             d_hidden.append(d_rows)
             d_table += d_part
+            if bias:
+                d_bias += d_share
 
         @scope("loss")
         def backward(gradient, _):
             # dW is made transposed, as a tied kernel lies in memory; transposing twice is free.
-            return tf.concat(d_hidden, 0) * gradient, tf.transpose(d_table * gradient)
+            d_kernel = tf.transpose(d_table * gradient)
+            rest = [d_bias * gradient] if bias else []
+            return tf.concat(d_hidden, 0) * gradient, d_kernel, *rest
 
         return (sums[1], sums[0]), backward
 
-    return forward(hidden_ND, kernel_DV)
+    return forward(hidden_ND, kernel_DV, *([] if bias_V is None else [bias_V]))

@@ -170,7 +170,9 @@ class Adafactor(Optimizer):
         # By own name, the moments of the canonical parameters in it as rows: (parts, elements).
         self.moments: dict[str, dict[str, tf.Variable]] = {}
         for moment, table in moment_shapes("adafactor", shapes).items():
-            own = {own_name(canonical)[0]: shape for canonical, shape in table.items()}
+            own = {
+                own_name(weights.spec, canonical)[0]: shape for canonical, shape in table.items()
+            }
             self.moments[moment] = {
                 name: tf.Variable(tf.zeros((block[1], *own[name]), weights.gradients.dtype))
                 for name, block in zip(weights.names, weights.blocks, strict=True)
@@ -251,10 +253,10 @@ class Adafactor(Optimizer):
         """Arrays of moments by own name, by moment and canonical name, as views."""
         views: dict[str, dict[str, np.ndarray]] = {moment: {} for moment in arrays}
         for parameter in self.weights.spec.parameters:
-            name, third = own_name(parameter.name)
+            name, part = own_name(self.weights.spec, parameter.name)
             for moment, table in arrays.items():
                 if name in table:
-                    views[moment][parameter.name] = table[name][third or 0]
+                    views[moment][parameter.name] = table[name][part or 0]
         return views
 
 

@@ -53,10 +53,9 @@ def _add_bias(y, bias):
     def backward(gradient):
         # Summed in fp32: TensorFlow's own gradient adds up thousands of rows in a half. This
         # kernel sums columns four times as fast as tf.reduce_sum.
-        total = tf.raw_ops.BiasAddGrad(out_backprop=full(gradient))
-        return gradient, tf.cast(total, bias.dtype)
+        return gradient, tf.raw_ops.BiasAddGrad(out_backprop=full(gradient))
 
-    return tf.nn.bias_add(y, bias), backward
+    return tf.nn.bias_add(y, tf.cast(bias, y.dtype)), backward
 
 
 @scope("linear")
@@ -69,6 +68,9 @@ def linear(
     shape = tf.concat([tf.shape(x)[:-1], [outputs]], 0)
     y = product(tf.reshape(x, [-1, inputs]), kernel, half)
     if bias is not None:
+        if half is not None:
+            # Else the graph optimizer makes one operation of both, which rounds once and not twice.
+            y = tf.reshape(y, [1, -1, outputs])
         # As a tensor: eagerly, a custom gradient refuses variables.
-        y = _add_bias(y, cast(tf.convert_to_tensor(bias), half))
+        y = _add_bias(y, tf.convert_to_tensor(bias))
     return tf.reshape(y, shape)

@@ -14,19 +14,19 @@ import tensorflow as tf
 from horovod_lm.spec import ModelSpec
 
 
-def own_name(canonical: str) -> tuple[str, int | None]:
-    """The name of the variable that holds a canonical parameter, and for the fused query, key
-    and value kernel which third of its columns."""
+def own_name(spec: ModelSpec, canonical: str) -> tuple[str, int | None]:
+    """The name of the variable that holds a canonical parameter, and for a fused kernel of query,
+    key and value, or of key and value alone, which part of its columns."""
     *path, layer, kind = canonical.split(".")
-    if path and path[-1] == "attention" and layer in ("query", "key", "value"):
-        if kind == "bias":
-            return ".".join([*path, f"{layer}_bias"]), None
+    if not path or layer not in ("query", "key", "value"):
+        return canonical, None
+    if kind == "bias":
+        return ".".join([*path, f"{layer}_bias"]), None
+    if path[-1] == "attention" and spec.key_value_count == spec.heads:
         return ".".join([*path, "qkv_kernel"]), ("query", "key", "value").index(layer)
-    if canonical.startswith("decoder.norm."):
-        return canonical.removeprefix("decoder."), None
-    if canonical == "heads.lm.kernel":
-        return "lm_kernel", None
-    return canonical, None
+    if layer == "query":
+        return ".".join([*path, "query_kernel"]), None
+    return ".".join([*path, "key_value_kernel"]), ("key", "value").index(layer)
 
 
 def block(shape: Sequence[int], parts: int) -> tuple[int, int, int]:
@@ -45,12 +45,12 @@ class Weights:
 
     def __init__(self, model: keras.Model, spec: ModelSpec, tail: int, device: str) -> None:
         self.spec = spec
-        # A path is transformer/decoder.0/attention/output/kernel: layers bear canonical names.
+        # A path is transformer/decoder/0/attention/output/kernel: layers bear canonical names.
         own = {v.path.partition("/")[2].replace("/", "."): v.value for v in model.weights}
         order: dict[str, bool] = {}
         for parameter in spec.parameters:
-            order.setdefault(own_name(parameter.name)[0], parameter.decay)
-        parts = Counter(own_name(parameter.name)[0] for parameter in spec.parameters)
+            order.setdefault(own_name(spec, parameter.name)[0], parameter.decay)
+        parts = Counter(own_name(spec, parameter.name)[0] for parameter in spec.parameters)
         assert set(order) == set(own), set(order) ^ set(own)
         self._index = {name: index for index, name in enumerate(order)}
         self.values: list[tf.Variable] = [own[name] for name in order]
@@ -65,10 +65,9 @@ class Weights:
         """Copies of all canonical tensors among own tensors in the order of `values`."""
         tensors = {}
         for parameter in self.spec.parameters:
-            name, third = own_name(parameter.name)
-            array = buffer[self._index[name]].numpy()
-            part = array if third is None else np.split(array, 3, 1)[third]
-            tensors[parameter.name] = np.array(part.reshape(parameter.shape), order="C")
+            name, part = own_name(self.spec, parameter.name)
+            array = self._part(buffer[self._index[name]].numpy(), name, part)
+            tensors[parameter.name] = np.array(array.reshape(parameter.shape), order="C")
         return tensors
 
     def write(self, buffer: Sequence[tf.Variable], tensors: Mapping[str, np.ndarray]) -> None:
@@ -76,10 +75,9 @@ class Weights:
         missing one."""
         arrays = [np.empty(v.shape, v.dtype.as_numpy_dtype) for v in self.values]
         for parameter in self.spec.parameters:
-            name, third = own_name(parameter.name)
-            array = arrays[self._index[name]]
-            part = array if third is None else np.split(array, 3, 1)[third]
-            part[...] = tensors[parameter.name]
+            name, part = own_name(self.spec, parameter.name)
+            array = self._part(arrays[self._index[name]], name, part)
+            array[...] = tensors[parameter.name]
         for variable, array in zip(buffer, arrays, strict=True):
             variable.assign(array)
 
@@ -94,3 +92,8 @@ class Weights:
         tensors = self.read(self.views(buffer))
         names = (name for name, array in tensors.items() if not np.isfinite(array).all())
         return next(names, None)
+
+    def _part(self, array: np.ndarray, name: str, part: int | None) -> np.ndarray:
+        """A view of the columns of one canonical matrix of an own one."""
+        parts = self.blocks[self._index[name]][1]
+        return array if part is None else np.split(array, parts, 1)[part]

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 
 from horovod_lm.backend import EngineSettings
-from horovod_lm.errors import UserError
 from horovod_lm.spec import ModelSpec
 from torch_backend.bench import BenchTools
 from torch_backend.communicator import Communicator
+from torch_backend.convert import ConvertTools
 from torch_backend.engine import Engine
 from torch_backend.profiler import profile
 
 
 class Backend:
-    """See `horovod_lm.backend.Backend`. Kinds of model: decoder."""
+    """See `horovod_lm.backend.Backend`."""
 
     name = "torch"
 
@@ -37,10 +37,6 @@ class Backend:
         self, spec: ModelSpec, settings: EngineSettings, communicator: Communicator
     ) -> Engine:
         """A model with zero weights."""
-        if spec.kind != "decoder":
-            raise UserError(
-                f'model.kind = "{spec.kind}" is not realised by backend torch; allowed: decoder'
-            )
         # The one place that chooses a device.
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -54,3 +50,7 @@ class Backend:
     def bench(self) -> BenchTools:
         """Peers, bare products and an allreduce, for `horovod-lm bench`."""
         return BenchTools()
+
+    def convert(self) -> ConvertTools:
+        """Its part in conversion, for `horovod-lm convert`."""
+        return ConvertTools()

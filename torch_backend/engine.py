@@ -17,6 +17,7 @@ from horovod_lm.backend import (
     MicroBatch,
     Reduced,
 )
+from horovod_lm.errors import UserError
 from horovod_lm.randomness import dropout_words, native_seed
 from horovod_lm.spec import ModelSpec
 from torch_backend.communicator import Communicator
@@ -42,7 +43,7 @@ class Engine:
     ) -> None:
         self.spec, self.settings, self.communicator = spec, settings, communicator
         self.device, self.dtype = device, FULL_TYPES[settings.precision]
-        self.model = Transformer(spec, settings.precision).to(device)
+        self.model = Transformer(spec, settings.precision, settings.recompute).to(device)
         tail = len(settings.loss_names) + communicator.size
         self.weights = Weights(self.model, spec, tail, device)
         self.optimizer = OPTIMIZERS[settings.optimizer](self.weights, settings)
@@ -55,8 +56,7 @@ class Engine:
         """Add the gradients and losses of one micro-batch to the accumulator."""
         self._begin()
         self._loss_scale = loss_scale
-        tokens = self._tensor(micro.inputs["tokens"])
-        hidden = self.model(tokens, self._noise(micro, step))
+        hidden = self.model(self._inputs(micro.inputs), self._noise(micro, step))
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, loss in enumerate(micro.losses):
             scaled, nll_sum = self._loss(hidden, loss, loss_scale * loss.factor / loss.normaliser)
@@ -100,41 +100,53 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, micro: MicroBatch) -> dict[str, tuple[float, float]]:
         """By loss name: (weighted sum of nll, sum of weights) on this rank, without dropout."""
-        hidden = self.model(self._tensor(micro.inputs["tokens"]))
+        hidden = self.model(self._inputs(micro.inputs))
         return {
             loss.name: (self._loss(hidden, loss, 0.0)[1].item(), float(loss.weights.sum()))
             for loss in micro.losses
         }
 
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(B, L, V) logits without dropout."""
-        return self.model.logits(self.model(self._tensor(inputs["tokens"]))).cpu().numpy()
+    def logits(self, inputs: Mapping[str, np.ndarray], head: str = "lm") -> np.ndarray:
+        """Logits of a head without dropout: (B, L, outputs), or (B, outputs)."""
+        features = self.model.features(self.model(self._inputs(inputs)), head)
+        return self.model.logits(features, head).cpu().numpy()
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the stacks give without dropout, by stack, and `pooled`."""
+        hidden = self.model(self._inputs(inputs))
+        return {name: x.cpu().numpy() for name, x in hidden.items()}
 
     @torch.no_grad()
     def trace(self, micro: MicroBatch, step: int) -> dict[str, np.ndarray]:
         """The activations of one forward with the dropout of `step`, by site."""
-        tokens = self._tensor(micro.inputs["tokens"])
+        inputs = self._inputs(micro.inputs)
         with tracing(_as_array) as sites:
-            hidden = self.model(tokens, self._noise(micro, step))
+            hidden = self.model(inputs, self._noise(micro, step))
             scaled = [self._loss(hidden, s, s.factor / s.normaliser)[0] for s in micro.losses]
             record("loss", torch.stack(scaled).sum(0, keepdim=True))
-        sites["logits"] = sites["logits"].reshape(*tokens.shape, -1)
         sites["loss"] = sites["loss"].reshape(())
+        heads = [loss.head for loss in micro.losses]
+        for loss in micro.losses:
+            if heads.count(loss.head) == 1:
+                site = _logits_site(loss.head)
+                sites[site] = sites[site].reshape(*loss.targets.shape, -1)
         return sites
 
     @torch.no_grad()
-    def start(self, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Begin decoding after prompts (B, L)."""
-        spec = self.spec
-        shape = (spec.layers, 2, len(tokens), spec.heads, spec.context, spec.head_width)
-        return self._decode(tokens, torch.zeros(shape, dtype=self.dtype, device=self.device), 0)
+    def start(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
+        """Begin decoding after prompts `tokens` (B, L)."""
+        if "decoder" not in self.spec.stacks:
+            raise UserError(f'a model of kind "{self.spec.kind}" has no decoder to generate with')
+        hidden, cache = self.model.start(self._inputs(inputs))
+        return self._logits(hidden), cache
 
     @torch.no_grad()
     def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         """Feed one token a row."""
-        caches, position = cache
-        return self._decode(tokens[:, None], caches, position)
+        hidden, cache = self.model.next(self._tensor(tokens), cache)
+        return self._logits(hidden), cache
 
     def gradients(self) -> dict[str, np.ndarray]:
         """The reduced gradient by canonical name, as it is before `apply_gradients` clips it."""
@@ -171,38 +183,50 @@ class Engine:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
-    def _noise(self, micro: MicroBatch, step: int) -> Noise | None:
-        """What the dropout of one forward is made of."""
-        seed, rows = self.settings.seed, micro.rows
+    def _inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        return {name: self._tensor(array) for name, array in inputs.items()}
+
+    def _noise(self, micro: MicroBatch, step: int) -> dict[str, Noise]:
+        """What the dropout of one forward is made of, by stack."""
+        seed, rows, stacks = self.settings.seed, micro.rows, list(self.spec.stacks)
         if self.settings.dropout_generator == "native":
-            return Native(int(native_seed(seed, step, rows).view(np.int64)[0]))
-        length = micro.inputs["tokens"].shape[1]
-        words = dropout_words(self.spec, seed, step, rows, length)
-        if words is None:
-            return None
-        arrays = (
-            words.residual_rows,
-            words.residual_columns,
-            words.attention_rows,
-            words.attention_columns,
-        )
-        return Words(*(None if a is None else self._tensor(a) for a in arrays))
+            first = int(native_seed(seed, step, rows).view(np.int64)[0])
+            return {name: Native(first + number) for number, name in enumerate(stacks)}
+        inputs = ["source", "tokens"][-len(stacks) :]
+        lengths = {
+            name: micro.inputs[key].shape[1] for name, key in zip(stacks, inputs, strict=True)
+        }
+        noise = {}
+        for name, words in dropout_words(self.spec, seed, step, rows, lengths).items():
+            arrays = (getattr(words, field) for field in Words._fields)
+            noise[name] = Words(*(None if a is None else self._tensor(a) for a in arrays))
+        return noise
 
     def _loss(self, hidden, loss, coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = None if loss.positions is None else self._tensor(loss.positions)
+        features = self.model.features(hidden, loss.head, positions)
         weights = self._tensor(loss.weights.reshape(-1)).to(self.dtype)
         return head_loss(
-            hidden.reshape(-1, hidden.shape[-1]),
+            features.reshape(-1, features.shape[-1]),
             self.model.head_kernel(loss.head),
+            self.model.head_bias(loss.head),
             self._tensor(loss.targets.reshape(-1)).long(),
             weights,
             weights * coefficient,
+            loss.smoothing,
+            loss.z_loss,
             self.model.half,
+            _logits_site(loss.head),
         )
 
-    def _decode(self, tokens, caches, position: int) -> tuple[np.ndarray, Any]:
-        hidden = self.model(self._tensor(tokens), None, caches, position)
-        logits = self.model.logits(hidden[:, -1])
-        return logits.cpu().numpy(), (caches, position + tokens.shape[1])
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        features = self.model.head("lm")(hidden)
+        return self.model.logits(features).cpu().numpy()
+
+
+def _logits_site(head: str) -> str:
+    """The name of a head's logits in records."""
+    return "logits" if head == "lm" else f"{head}.logits"
 
 
 def _as_array(x: torch.Tensor) -> np.ndarray:

@@ -137,7 +137,7 @@ class Adafactor(Optimizer):
         # By own name, the moments of the canonical parameters in it as rows: (parts, elements).
         self.moments: dict[str, dict[str, torch.Tensor]] = {}
         for moment, table in moment_shapes("adafactor", shapes).items():
-            own = {own_name(canonical)[0]: shape for canonical, shape in table.items()}
+            own = {own_name(weights.spec, name)[0]: shape for name, shape in table.items()}
             self.moments[moment] = {
                 name: weights.values.new_zeros(block[1], *own[name])
                 for name, block in zip(weights.names, weights.blocks, strict=True)
@@ -199,10 +199,10 @@ class Adafactor(Optimizer):
         """The moments by moment and canonical name, as views."""
         views: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in self.moments}
         for parameter in self.weights.spec.parameters:
-            name, third = own_name(parameter.name)
+            name, part = own_name(self.weights.spec, parameter.name)
             for moment, table in self.moments.items():
                 if name in table:
-                    views[moment][parameter.name] = table[name][third or 0]
+                    views[moment][parameter.name] = table[name][part or 0]
         return views
 
 

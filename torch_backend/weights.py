@@ -12,19 +12,25 @@ from torch import nn
 from horovod_lm.spec import ModelSpec
 
 
-def own_name(canonical: str) -> tuple[str, int | None]:
-    """The name of the module parameter that holds a canonical one, and for the fused query, key
-    and value kernel which third of its columns."""
-    *path, layer, kind = canonical.split(".")
-    if path and path[-1] == "attention" and layer in ("query", "key", "value"):
-        if kind == "bias":
-            return ".".join([*path, f"{layer}_bias"]), None
-        return ".".join([*path, "qkv_kernel"]), ("query", "key", "value").index(layer)
-    if canonical.startswith("decoder.norm."):
-        return canonical.removeprefix("decoder."), None
-    if canonical == "heads.lm.kernel":
-        return "lm_kernel", None
-    return canonical, None
+def own_name(spec: ModelSpec, canonical: str) -> tuple[str, int | None]:
+    """The name of the module parameter that holds a canonical one, and which part of its columns
+    where it is a fused kernel: query, key and value, or key and value alone where queries come from
+    elsewhere or are wider."""
+    first, *rest = canonical.split(".")
+    if first == "heads":
+        return ".".join([f"{rest[0]}_head", *rest[1:]]), None
+    *path, layer, kind = [first, *rest]
+    if path[-1:] not in (["attention"], ["cross_attention"]) or layer == "output":
+        return canonical, None
+    path = ".".join(path)
+    if kind == "bias":
+        return f"{path}.{layer}_bias", None
+    layers = ["query", "key", "value"]
+    if path.endswith(".attention") and spec.heads == spec.key_value_count:
+        return f"{path}.qkv_kernel", layers.index(layer)
+    if layer == "query":
+        return f"{path}.query_kernel", None
+    return f"{path}.key_value_kernel", layers.index(layer) - 1
 
 
 def block(shape: Sequence[int], parts: int) -> tuple[int, int, int]:
@@ -49,11 +55,11 @@ class Weights:
         own = dict(model.named_parameters())
         order: dict[str, bool] = {}
         for parameter in spec.parameters:
-            order.setdefault(own_name(parameter.name)[0], parameter.decay)
-        parts = Counter(own_name(parameter.name)[0] for parameter in spec.parameters)
+            order.setdefault(own_name(spec, parameter.name)[0], parameter.decay)
+        parts = Counter(own_name(spec, parameter.name)[0] for parameter in spec.parameters)
         assert set(order) == set(own), set(order) ^ set(own)
         names = sorted(order, key=lambda name: not order[name])
-        self.names, self.decays = names, [order[name] for name in names]
+        self.names, self.decays, self._parts = names, [order[name] for name in names], parts
         self.blocks = [block(own[name].shape, parts[name]) for name in names]
         self.size = sum(own[name].numel() for name in names)
         self.decayed = sum(own[name].numel() for name in names if order[name])
@@ -98,6 +104,6 @@ class Weights:
         return None
 
     def _view(self, buffer: torch.Tensor, canonical: str) -> torch.Tensor:
-        name, third = own_name(canonical)
+        name, part = own_name(self.spec, canonical)
         view = buffer[self.slices[name]].view(self.shapes[name])
-        return view if third is None else view.chunk(3, dim=1)[third]
+        return view if part is None else view.chunk(self._parts[name], dim=1)[part]

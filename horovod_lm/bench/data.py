@@ -16,7 +16,7 @@ from horovod_lm.bench.training import start_own, step_tokens
 from horovod_lm.config import Config, with_keys
 from horovod_lm.data.batches import Batches
 from horovod_lm.data.shards import Tokens, TokenWriter
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives.registry import causal_windows
 
 TOKENS, QUICK_TOKENS = 50_000_000, 100_000
 COPIED = 64_000_000  # bytes: more than any cache
@@ -30,12 +30,13 @@ def measure(
     thread as the training loop has them. The ids are drawn from a seed."""
     with tempfile.TemporaryDirectory(prefix="horovod-lm-bench-") as folder:
         batches = Batches(
-            _write(Path(folder), tokens, config),
-            CausalLM(),
-            context=config.model.context,
-            global_batch_size=config.train.global_batch_size,
+            causal_windows(
+                _write(Path(folder), tokens, config),
+                config.model.context,
+                config.train.global_batch_size,
+                config.train.seed,
+            ),
             micro_batch_size=config.train.micro_batch_size,
-            seed=config.train.seed,
             rank=0,
             ranks=1,
         )

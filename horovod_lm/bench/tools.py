@@ -34,18 +34,25 @@ HEAD_ROWS = 512  # the output layer is applied to so many rows at a time, in bot
 
 
 def products_of(spec: ModelSpec, rows: int) -> list[Product]:
-    """The products with weights of one step on `rows` sequences of full length; query, key and
-    value are one product."""
+    """The products with weights of one step on `rows` sequences of full length, in each stack:
+    query, key and value are one product where they are equally wide, else key and value are; in
+    attention to the encoder always."""
     tokens, width, inner = rows * spec.context, spec.width, spec.inner_width
+    queries, both = spec.attention_width, 2 * spec.key_value_count * spec.head_width
+    apart = [(width, queries), (width, both)]
+    attention = [(width, queries + both)] if both == 2 * queries else apart
+    feed_forward = [(width, inner)] * (2 if spec.gated else 1) + [(inner, width)]
     whole, rest = divmod(tokens, HEAD_ROWS)
     chunks = [(HEAD_ROWS, whole)] * (whole > 0) + [(rest, 1)] * (rest > 0)
-    return [
-        Product(tokens, width, 3 * width, spec.layers),
-        Product(tokens, width, width, spec.layers),
-        Product(tokens, width, inner, spec.layers),
-        Product(tokens, inner, width, spec.layers),
-        *(Product(chunk, width, spec.vocabulary, times) for chunk, times in chunks),
-    ]
+    found = []
+    for stack, layers in spec.stacks.items():
+        shapes = [*attention, (queries, width)]
+        if spec.attends_to_encoder(stack):
+            shapes += [*apart, (queries, width)]
+        found += [Product(tokens, *shape, layers) for shape in shapes + feed_forward]
+    if spec.head_transform:
+        found.append(Product(tokens, width, width, 1))
+    return found + [Product(chunk, width, spec.vocabulary, times) for chunk, times in chunks]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from horovod_lm.bench.tools import products_of
 from horovod_lm.config import Config, make_config
 from horovod_lm.data.batches import Batches, share
 from horovod_lm.loss_scale import LossScaler
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.randomness import initial_weights
 from horovod_lm.schedule import learning_rate
 from horovod_lm.train import make_engine
@@ -28,6 +28,7 @@ class SeededTokens:
 
     def __init__(self, vocabulary: int, count: int, seed: int) -> None:
         self._ids = np.random.default_rng(seed).integers(vocabulary, size=count, dtype=np.int32)
+        self.documents = np.zeros(1, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -83,18 +84,14 @@ class OwnTraining:
         settings = self._config.train
         backend = load_backend(self._config.launch.backend, threads)
         self._communicator = backend.communicator()
-        self._engine = make_engine(self._config, CausalLM(), backend, self._communicator)
+        self._engine = make_engine(self._config, backend, self._communicator)
         self._engine.load_state(EngineState(initial_weights(self._config.model, settings.seed)))
         self._scaler = LossScaler(self._config.loss_scale, settings.precision == "fp16")
         tokens = stream(self._config)
         self._batches = {
             part: Batches(
-                tokens,  # type: ignore[arg-type]  # it reads alike
-                CausalLM(),
-                context=self._config.model.context,
-                global_batch_size=size,
+                causal_windows(tokens, self._config.model.context, size, settings.seed),
                 micro_batch_size=settings.micro_batch_size,
-                seed=settings.seed,
                 rank=self._communicator.rank,
                 ranks=self._communicator.size,
             )

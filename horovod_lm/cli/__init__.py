@@ -24,7 +24,7 @@ BEGAN = time.time()
 
 COMMANDS = (
     "doctor", "prepare", "train", "compare", "report", "parity", "bench", "evaluate", "generate",
-    "inspect", "completion",
+    "inspect", "convert", "completion",
 )  # fmt: skip
 
 EPILOG = """\b

@@ -268,6 +268,18 @@ def dropout(given: Given, backends: list[str]) -> BenchResult:
     return measure(given.config(), backends=backends, rounds=given.rounds, seconds=given.seconds)
 
 
+@benchmark(rounds=7, seconds=3.0)
+@backends_option
+def recompute(given: Given, backends: list[str]) -> BenchResult:
+    """What activation checkpointing costs and saves.
+
+    Steps that make each block's activations anew in the backward, against steps that keep them.
+    """
+    from horovod_lm.bench.recompute import measure
+
+    return measure(given.config(), backends=backends, rounds=given.rounds, seconds=given.seconds)
+
+
 @benchmark(rounds=7, seconds=2.0)
 @backends_option
 def data(given: Given, backends: list[str]) -> BenchResult:

@@ -37,10 +37,21 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
         import json
 
         # JSON has no infinity, which a perplexity can be.
-        finite = {k: v if math.isfinite(v) else None for k, v in result.items()}
+        result["losses"] = {k: _plain(v) for k, v in result["losses"].items()}
+        finite = {k: v if k == "losses" else _plain(v) for k, v in result.items()}
         click.echo(json.dumps(finite))
+    elif len(result["losses"]) > 1:
+        parts = ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items())
+        click.echo(
+            f"step {result['step']}: validation loss {result['loss']:.4f} nats ({parts}), over "
+            f"{result['tokens']:,} targets"
+        )
     else:
         click.echo(
             f"step {result['step']}: validation loss {result['loss']:.4f} nats per token, "
             f"perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
         )
+
+
+def _plain(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

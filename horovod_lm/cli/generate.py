@@ -15,7 +15,12 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, metavar="TEXT", help="The text to go on from; -: stdin.")
+@click.option(
+    "--prompt",
+    required=True,
+    metavar="TEXT",
+    help="The text to go on from, or to encode; -: stdin.",
+)
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="How many.")
 @click.option(
     "--temperature",
@@ -36,7 +41,7 @@ def command(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Let a trained RUN continue a text."""
+    """Let a trained RUN continue a text, or answer it where it has an encoder too."""
     from contextlib import redirect_stdout
 
     from horovod_lm.errors import UserError
@@ -48,16 +53,26 @@ def command(
     from horovod_lm.restored import restore
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
-        restored = restore(run, backend)
-        tokenizer = restored.prepared.tokenizer
+        restored = restore(run, backend, data=False)
+        tokenizer = restored.tokenizer
+        begun, source = tokenizer.encode(text)[None], None
+        if restored.config.model.kind == "encoder-decoder":
+            import numpy as np
+
+            from horovod_lm.objectives.words import decoder_start
+
+            source = np.append(begun, np.array([[tokenizer.end]], np.int32), axis=1)
+            start = decoder_start(tokenizer) if restored.start is None else restored.start
+            begun = np.array([[start]], np.int32)
         out = generate(
             restored.engine,
-            tokenizer.encode(text)[None],
+            begun,
             tokens,
             context=restored.config.model.context,
             temperature=temperature,
             seed=seed,
             end=tokenizer.end,
+            source=source,
         )
         restored.communicator.shutdown()
     if restored.communicator.rank:
@@ -68,7 +83,8 @@ def command(
 
         click.echo(json.dumps({"prompt": text, "continuation": continuation}, ensure_ascii=False))
     else:
-        click.echo(text + continuation)
+        # What a decoder alone gives goes on with the prompt; behind an encoder it is a text apart.
+        click.echo(continuation if source is not None else text + continuation)
 
 
 def _standard_input() -> str:

@@ -16,40 +16,68 @@ EPILOG = """\b
 Examples:
   horovod-lm inspect configs/quickstart.toml
   horovod-lm inspect runs/mine
-  horovod-lm inspect configs/small.toml --set model.layers=12 --json"""
+  horovod-lm inspect configs/small.toml --set model.layers=12 --json
+  horovod-lm inspect --preset bert-base"""
+
+
+def _complete_preset(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    from horovod_lm.presets import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
 
 
 @click.command(epilog=EPILOG)
-@click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
+@click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG|RUN", required=False)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    shell_complete=_complete_preset,
+    help="A well-known model (model.preset), with its published number of parameters.",
+)
 @set_option
 @json_option
-def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(
+    config: Path | None, preset: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
     """Show parameters, FLOPs and memory of a model.
 
-    Of a config, or of the config in a run's folder.
+    Of a config, of the config in a run's folder, or of a preset.
     """
-    from horovod_lm.errors import UserError
-    from horovod_lm.inspection import describe
+    from horovod_lm.inspection import describe, published
 
+    settings = _load(config, preset, overrides)
+    figures = describe(settings)
+    if preset is not None:
+        figures = {**published(preset, settings.model), **figures}
+    if as_json:
+        import json
+
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        _print(settings, figures)
+
+
+def _load(config: Path | None, preset: str | None, overrides: tuple[str, ...]) -> Config:
+    from horovod_lm.config import preset_config
+    from horovod_lm.errors import UserError
+
+    if (config is None) == (preset is None):
+        raise UserError("give a config, the folder of a run, or --preset NAME: one of them")
+    if preset is not None:
+        return preset_config(preset, overrides)
+    assert config is not None
     path = config
     if config.is_dir():
         path = config / "config.toml"
         if not path.exists():
             raise UserError(f"{config} has no config.toml; give a config or the folder of a run")
-    settings = load(path, overrides)
-    if as_json:
-        import json
-
-        click.echo(json.dumps(describe(settings), indent=2))
-    else:
-        _print(settings)
+    return load(path, overrides)
 
 
-def _print(config: Config) -> None:
+def _print(config: Config, figures: dict[str, Any]) -> None:
     from horovod_lm.cli.table import scaled, show, size
-    from horovod_lm.inspection import describe, rows
+    from horovod_lm.inspection import rows
 
-    figures = describe(config)
     show(
         f"Parameters of {config.name}",
         ("name", "shape", "layers", "count", "starts as", "decay"),
@@ -67,6 +95,8 @@ def _print(config: Config) -> None:
         "lrrrll",
     )
     total = figures["total"]
+    if "preset" in figures:
+        _print_published(figures)
     show(
         "Parameters by part",
         ("part", "count", "share"),
@@ -82,6 +112,23 @@ def _print(config: Config) -> None:
         "lr",
     )
     click.echo(f"Training one token takes {scaled(figures['flops_per_token'], 'FLOP')}.")
+
+
+def _print_published(figures: dict[str, Any]) -> None:
+    from horovod_lm.cli.table import show
+
+    count, apart = figures["published"], figures["difference"]
+    show(
+        f"{figures['preset']}: as published, and here",
+        ("", "parameters"),
+        [
+            ("published", f"{count:,}"),
+            ("here", f"{figures['total']:,}"),
+            ("difference", f"{apart:+,} ({apart / count:+.1%})" if apart else "0"),
+        ],
+        "lr",
+    )
+    click.echo(f"Published: {figures['source']}.\n")
 
 
 def print_plan(name: str, figures: dict[str, Any]) -> None:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from horovod_lm.backend import MicroBatch
-from horovod_lm.data.sampler import Sampler
-from horovod_lm.data.shards import Tokens
-from horovod_lm.objectives import FILLER, Objective
+from horovod_lm.data.feeds import FILLER, Feed, Part, kinds_of
+from horovod_lm.objectives import LossKind
 
 _AHEAD = 2  # batches that wait in memory while one is trained on
+
+Factors = Callable[[int], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's micro-batches of a global batch; `targets` is the number of target tokens (the
-    weight sum) of the whole global batch."""
+    """One rank's micro-batches of a global batch.
+
+    Of the whole global batch: `targets` is the number of target tokens (the weight sum over the
+    language model's head; of other heads' where there is none), `real` and `computed` are its
+    tokens without and with padding. `factors` are the losses' weights at this step.
+    """
 
     micros: list[MicroBatch]
     targets: int
+    real: int = 0
+    computed: int = 0
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def share(count: int, rank: int, ranks: int) -> range:
@@ -46,43 +54,61 @@ def cut(global_batch_size: int, micro_batch_size: int | None, ranks: int) -> tup
 class Batches:
     """The training batches of one rank.
 
-    The global batches depend on seed and step alone, not on `ranks` or `micro_batch_size`. Every
-    micro-batch of every rank has the same number of rows, that of `cut`; rows without content have
-    weight 0 and indices past the global batch.
+    The global batches depend on the feeds' seed and on the step alone, not on `ranks` or
+    `micro_batch_size`. Of a feed, every micro-batch of every rank has the same number of rows, that
+    of `cut`; rows without content have weight 0 and indices past the global batch. Rows of buckets
+    are shorter, and there are more of them: `micro_batch_size` counts rows of full length.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
-        objective: Objective,
+        feeds: Sequence[Feed],
         *,
-        context: int,
-        global_batch_size: int,
         micro_batch_size: int | None,
-        seed: int,
         rank: int,
         ranks: int,
+        factors: Factors | None = None,
     ) -> None:
-        self._tokens, self._objective, self._context = tokens, objective, context
-        self._sampler = Sampler(objective.windows(tokens, context), global_batch_size, seed)
-        micros, rows = cut(global_batch_size, micro_batch_size, ranks)
-        mine = share(global_batch_size, rank, ranks)
-        slots = np.arange(micros * rows)
-        filler = global_batch_size + rank * slots.size + slots
-        self._rows = np.where(slots < len(mine), mine.start + slots, filler).reshape(micros, rows)
-        self._real = (slots < len(mine)).reshape(micros, rows)
-        self._mine = np.where(self._real, self._rows, 0)
+        self._feeds, self._micro = list(feeds), micro_batch_size
+        self._rank, self._ranks = rank, ranks
+        self._kinds = kinds_of(feeds)
+        self._factors = factors or (lambda step: dict.fromkeys(self._kinds, 1.0))
 
     def __getitem__(self, step: int) -> RankBatch:
         """The batch of `step`, from 0; reads only this rank's rows."""
-        batch = self._sampler.rows(step)
-        sums = self._objective.weight_sums(self._tokens, self._context, batch)
-        windows = np.where(self._real, batch[self._mine], FILLER)
-        micros = [
-            self._objective.micro_batch(self._tokens, self._context, part, rows, sums)
-            for part, rows in zip(windows, self._rows, strict=True)
-        ]
-        return RankBatch(micros, int(sum(sums.values())))
+        parts = [feed.part(step) for feed in self._feeds]
+        sums = total_sums(parts, self._kinds)
+        factors = self._factors(step)
+        total = sum(map(len, parts))
+        first, fillers = 0, total
+        micros = []
+        for part in parts:
+            count = len(part)
+            number, rows = cut(count, self._micro_rows(part), self._ranks)
+            mine, slots = share(count, self._rank, self._ranks), np.arange(number * rows)
+            real = slots < len(mine)
+            wanted = np.where(real, mine.start + slots, FILLER).reshape(number, rows)
+            beyond = fillers + self._rank * slots.size + slots
+            numbers = np.where(real, first + mine.start + slots, beyond).reshape(number, rows)
+            micros += [
+                part.micro_batch(some, at, self._kinds, sums, factors)
+                for some, at in zip(wanted.tolist(), numbers, strict=True)
+            ]
+            first += count
+            fillers += self._ranks * slots.size
+        return RankBatch(
+            micros,
+            targets_of(sums, self._kinds),
+            sum(part.real() for part in parts),
+            sum(part.computed() for part in parts),
+            factors,
+        )
+
+    def _micro_rows(self, part: Part) -> int | None:
+        if self._micro is None or part.feed.count is not None:
+            return self._micro
+        full = max(sum(layout.shape) for layout in part.feed.layouts)
+        return max(1, self._micro * full // sum(part.rows.shape))
 
     @contextmanager
     def ahead(self, start: int) -> Iterator[Iterator[RankBatch]]:
@@ -103,30 +129,43 @@ class Batches:
             yield waiting.popleft().result()
 
 
+def total_sums(parts: Sequence[Part], kinds: Mapping[str, LossKind]) -> dict[str, float]:
+    """By loss name, the weight sum over all `parts`, in the order of `kinds`."""
+    sums = dict.fromkeys(kinds, 0.0)
+    for part in parts:
+        for name, value in part.sums().items():
+            sums[name] += value
+    return sums
+
+
+def targets_of(sums: Mapping[str, float], kinds: Mapping[str, LossKind]) -> int:
+    """Target tokens: those of the language model's head, or if it has no loss, of the others."""
+    tokens = [value for name, value in sums.items() if kinds[name].head == "lm"]
+    return int(sum(tokens or sums.values()))
+
+
 def validation_batches(
-    tokens: Tokens,
-    objective: Objective,
-    *,
-    context: int,
-    rows: int,
-    windows: int,
-    rank: int,
-    ranks: int,
+    feeds: Sequence[Feed], *, rows: int, windows: int, rank: int, ranks: int
 ) -> Iterator[MicroBatch]:
-    """One rank's share of `windows` windows spread evenly over the stream (0, or more than there
-    are: all), in micro-batches of `rows` rows, the last one filled with rows of weight 0.
+    """One rank's share of `windows` rows of each feed's corpora, spread evenly over them (0, or
+    more than there are: all), in micro-batches of `rows` rows, the last one filled with rows of
+    weight 0.
 
     Ranks may have different numbers of micro-batches, none included. The normaliser is the weight
     sum over all ranks.
     """
-    total = objective.windows(tokens, context)
-    count = min(windows or total, total)
-    chosen = np.arange(count, dtype=np.int64) * total // count
-    sums = objective.weight_sums(tokens, context, chosen)
-    mine = share(count, rank, ranks)
-    for start in range(mine.start, mine.stop, rows):
-        part = chosen[start : min(start + rows, mine.stop)]
-        filled = np.full(rows, FILLER, dtype=np.int64)
-        filled[: len(part)] = part
-        indices = np.where(filled == FILLER, total + start + np.arange(rows), filled)
-        yield objective.micro_batch(tokens, context, filled, indices, sums)
+    kinds = kinds_of(feeds)
+    parts = [part for feed in feeds for part in feed.evenly(windows)]
+    sums = total_sums(parts, kinds)
+    factors = dict.fromkeys(kinds, 1.0)
+    total = sum(map(len, parts))
+    first = 0
+    for part in parts:
+        mine = share(len(part), rank, ranks)
+        for start in range(mine.start, mine.stop, rows):
+            some = np.arange(start, start + rows)
+            real = some < mine.stop
+            wanted = np.where(real, some, FILLER).tolist()
+            numbers = np.where(real, first + some, total + first + rows + some)
+            yield part.micro_batch(wanted, numbers, kinds, sums, factors)
+        first += len(part)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,20 +45,40 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` when the context ends well, and is removed
-    otherwise. Hold the lock of `folder`. Raises `RunFailed` where the disk is full."""
+def building(folder: Path, keep: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` when the context ends well. Hold the lock of
+    `folder`. Raises `RunFailed` where the disk is full.
+
+    What was filled in is removed where the context ends otherwise; with `keep` it is found again
+    the next time if the process was killed or interrupted, or the run failed.
+    """
     partial = folder.with_name(folder.name + ".partial")
-    try:
-        with writing(folder):
+    with writing(folder):
+        if not keep:
             # What a killed process left.
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+        partial.mkdir(exist_ok=True)
+        try:
             yield partial
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+        except BaseException as error:
+            if not keep or (isinstance(error, Exception) and not isinstance(error, RunFailed)):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that after a crash at any moment it is there with the old or the new text."""
+    partial = path.with_name(f"{path.name}.{time.time_ns()}")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

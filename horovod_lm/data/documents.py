@@ -1,47 +1,156 @@
-"""Text files as streams of documents, and the checks that they are text."""
+"""Files as streams of documents, in whatever format they are."""
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
+from horovod_lm.data.readers import (
+    COMPRESSED,
+    NOT_TEXT,
+    Faults,
+    Reader,
+    Record,
+    jsonl,
+    lines,
+    parquet,
+    squad,
+    story,
+    tables,
+    tmx,
+    unreadable,
+    whole_lines,
+)
 from horovod_lm.errors import UserError
 
 PIECE = 2**20  # characters of a document that are in memory at once
 _BLOCK = 2**22  # bytes
 
+# A piece of a document, whether it ends the document, and the number of the stream it belongs to.
+Piece = tuple[str, bool, int]
+
+READERS: dict[str, Reader] = {
+    "jsonl": jsonl.read,
+    "csv": tables.read_csv,
+    "tsv": tables.read_tsv,
+    "parquet": parquet.read,
+    "glue": tables.read_glue,
+    "squad": squad.read,
+    "tmx": tmx.read,
+    "story": story.read,
+}
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".tmx": "tmx",
+    ".story": "story",
+}
+_PAIRS = {"story": ("article", "highlights")}  # the fields of parallel streams, if none are named
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files in their order, and what one document is in them: "paragraph" (ends at an empty
-    line), "line" or "file".
+    """Files in their order, and what a document is in them.
 
-    Files are UTF-8; a byte-order mark is dropped, and every line end is read as a line feed.
-    Documents without anything but blanks are left out, and so are line feeds at their ends.
+    `kind` is for running text: a document is a "paragraph" (ends at an empty line), a "line" or a
+    "file". In every other format it is a record: the `fields` of it, one below the other. Text is
+    UTF-8; a byte-order mark is dropped, and every line end is read as a line feed. Documents
+    without anything but blanks are left out, and so are line feeds at their ends.
+
+    With `parallel`, or with `targets` (files whose lines are the translations of those of `files`),
+    documents come in pairs, one in each of two streams; a pair half of which is blank is left out.
     """
 
     files: tuple[Path, ...]
-    kind: str
+    kind: str = "paragraph"
+    format: str = "auto"
+    fields: tuple[str, ...] = ()
+    parallel: bool = False
+    targets: tuple[Path, ...] = ()
+    skip: bool = False
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The names of the streams."""
+        return ("source", "target") if self.parallel or self.targets else ("text",)
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        return self.files + self.targets
 
     def stamps(self) -> list[list[str | int]]:
         """Of each file: path, size, and the times of its last changes in ns; these tell, without
         reading, that a file is as it was. Raises `UserError` for what is not a readable file."""
-        return [_stamp(path) for path in self.files]
+        return [_stamp(path) for path in self.all_files]
 
-    def pieces(self) -> Iterator[tuple[str, bool]]:
-        """Pieces of documents, of about `PIECE` characters at most, each with whether it ends its
-        document. So a document may be larger than memory."""
-        return chain.from_iterable(_pieces(path, self.kind) for path in self.files)
+    def pieces(self, faults: Faults | None = None) -> Iterator[Piece]:
+        """Pieces of documents, of about `PIECE` characters at most. So a document of running text
+        may be larger than memory. `faults` learns what is left out; by default, as `skip` says."""
+        faults = faults or Faults(self.skip)
+        if self.targets:
+            if len(self.files) != len(self.targets):
+                raise UserError(
+                    f"data.text has {len(self.files)} file(s) and data.target {len(self.targets)}; "
+                    "each file needs its translation, in the same order"
+                )
+            pairs = zip(self.files, self.targets, strict=True)
+            return chain.from_iterable(_line_pairs(*pair, faults) for pair in pairs)
+        return chain.from_iterable(self._of_file(path, faults) for path in self.files)
+
+    def _of_file(self, path: Path, faults: Faults) -> Iterator[Piece]:
+        name = file_format(path, self.format)
+        if name == "text":
+            if self.parallel:
+                raise UserError(
+                    f"{path} is running text, which has no pairs; give the translations in "
+                    "data.target, or another data.format"
+                )
+            return _pieces(path, self.kind, faults)
+        fields = self.fields
+        if self.parallel and len(fields or _PAIRS.get(name, ())) != 2:
+            raise UserError(
+                f"data.parallel takes two fields, and data.fields has {len(fields)}; name the "
+                f"source's and the target's field of {path}"
+            )
+        fields = fields or (_PAIRS.get(name, ()) if self.parallel else ())
+        return self._documents(path, READERS[name](path, fields, faults), faults)
+
+    def _documents(self, path: Path, records: Iterator[Record], faults: Faults) -> Iterator[Piece]:
+        for record in records:
+            texts = list(record.fields.values())
+            if not self.parallel:
+                texts = ["\n".join(text for text in texts if text.strip())]
+            if all(text.strip() for text in texts):
+                for stream, text in enumerate(texts):
+                    yield from _cut(text, stream)
+            else:
+                faults.empty(path, record.place)
 
 
-def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
+def file_format(path: Path, wanted: str) -> str:
+    """The format of a file; "auto" goes by its name. Raises `UserError` for a name that might be of
+    several formats."""
+    if wanted != "auto":
+        return wanted
+    inner = Path(path.stem) if path.suffix in COMPRESSED else path
+    if inner.suffix == ".json":
+        raise UserError(
+            f'{path}: data.format = "auto" knows no .json files; set data.format to "jsonl" (an '
+            'object on each line), "squad" or "text"'
+        )
+    return _SUFFIXES.get(inner.suffix, "text")
+
+
+def find_files(patterns: Sequence[str], key: str = "data.text") -> tuple[Path, ...]:
     """The files of `patterns`, each a file, a folder (all files in it and below, but for hidden
     ones) or a glob, in the order of patterns and sorted within one; a file counts once.
 
@@ -52,7 +161,7 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
         found = sorted(_matches(pattern))
         if not found:
             raise UserError(
-                f'data.text: no file matches "{pattern}"; give text files, folders, globs such as '
+                f'{key}: no file matches "{pattern}"; give text files, folders, globs such as '
                 "texts/**/*.txt, or corpus:NAME"
             )
         files.update(dict.fromkeys(found))
@@ -70,7 +179,7 @@ def _matches(pattern: str) -> list[Path]:
 
 def _walk(folder: str) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
-        raise _unreadable(Path(error.filename or folder), error)
+        raise unreadable(Path(error.filename or folder), error)
 
     for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -83,85 +192,73 @@ def _stamp(path: Path) -> list[str | int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     # A pipe or a device might never end.
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file; data.text takes text files")
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} can't be read: {error.strerror}; make it readable or leave it out of data.text"
-    )
-
-
-def text_digest(path: Path) -> str:
-    """SHA-256 of a file. Raises `UserError` if it can't be read, or isn't UTF-8 text without NUL
-    bytes, with the offset of the first byte at fault."""
-    digest, decoder, position = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file. Raises `UserError` if it can't be read."""
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
-                _check_block(path, block, decoder, position)
-                position += len(block)
     except OSError as error:
-        raise _unreadable(path, error) from None
-    cut = len(decoder.getstate()[0])
-    if cut:
-        raise _not_text(path, position - cut, "an incomplete UTF-8 character at its end")
+        raise unreadable(path, error) from None
     return digest.hexdigest()
 
 
-def _check_block(
-    path: Path, block: bytes, decoder: codecs.IncrementalDecoder, position: int
-) -> None:
-    held = len(decoder.getstate()[0])  # bytes of a character that began in the block before
-    nul = block.find(b"\0")
-    try:
-        decoder.decode(block if nul < 0 else block[:nul])
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        offset = position - held + error.start
-        raise _not_text(path, offset, f"byte 0x{bad:02x}, which is not UTF-8") from None
-    if nul >= 0:
-        raise _not_text(path, position + nul, "a NUL byte")
+def _cut(text: str, stream: int) -> Iterator[Piece]:
+    text = text.rstrip("\n")
+    for start in range(0, len(text), PIECE):
+        yield text[start : start + PIECE], start + PIECE >= len(text), stream
 
 
-def _not_text(path: Path, offset: int, what: str) -> UserError:
-    return UserError(
-        f"{path} is not UTF-8 text: at byte {offset} it has {what}; convert it to UTF-8, or leave "
-        "it out of data.text with a glob such as texts/**/*.txt"
-    )
-
-
-def _pieces(path: Path, kind: str) -> Iterator[tuple[str, bool]]:
+def _pieces(path: Path, kind: str, faults: Faults) -> Iterator[Piece]:
     waiting: list[str] = []  # of the current document
     size, begun, fresh = 0, False, True
-    for line in _lines(path):
-        blank = fresh and not line.strip()
-        fresh = line.endswith("\n")  # else the next piece goes on with the same line
+    for number, line, reason in lines(path, PIECE):
+        if reason:
+            faults.broken(path, f"line {number}", reason, NOT_TEXT)
+            # Its end still counts, or two lines would become one.
+            line = "\n" if line.endswith("\n") and not fresh else ""
+        blank = fresh and not line.strip() and not reason
+        fresh = line.endswith("\n") or (fresh and not line)  # else the next piece goes on
         if kind == "file" or not blank:
             waiting.append(line)
             size += len(line)
         ends = blank if kind == "paragraph" else kind == "line" and fresh
         if ends and (waiting or begun):
-            yield "".join(waiting).rstrip("\n"), True
+            text = "".join(waiting).rstrip("\n")
+            if begun or text.strip():
+                yield text, True, 0
             waiting, size, begun = [], 0, False
         elif size >= PIECE:
-            yield "".join(waiting), False
+            yield "".join(waiting), False, 0
             waiting, size, begun = [], 0, True
     rest = "".join(waiting).rstrip("\n")
     if begun or rest.strip():
-        yield rest, True
+        yield rest, True, 0
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        # Checked before; if it changed since, `prepare` finds that by its stamp.
-        with path.open(encoding="utf-8-sig", errors="replace") as stream:
-            while line := stream.readline(PIECE):
-                yield line
-    except OSError as error:
-        raise _unreadable(path, error) from None
+def _line_pairs(source: Path, target: Path, faults: Faults) -> Iterator[Piece]:
+    count = 0
+    pairs = zip_longest(whole_lines(source, faults), whole_lines(target, faults))
+    for one, other in pairs:
+        if one is None or other is None:
+            longer, shorter = (source, target) if one else (target, source)
+            raise UserError(
+                f"{longer} has more lines than {shorter}, which has {count:,}; line by line, one "
+                "must be the translation of the other"
+            )
+        count += 1
+        if one[1] is None or other[1] is None:
+            continue
+        if one[1].strip() and other[1].strip():
+            yield from _cut(one[1], 0)
+            yield from _cut(other[1], 1)
+        else:
+            faults.empty(source if not one[1].strip() else target, f"line {count}")

@@ -30,9 +30,11 @@ class Sampler:
     def rows(self, step: int) -> np.ndarray:
         """The window numbers of global batch `step`, (batch_size,) int64, each from 0 to
         windows - 1."""
-        first = step * self.batch_size
-        places = np.arange(first, first + self.batch_size, dtype=np.uint64)
-        epochs, places = np.divmod(places, np.uint64(self.windows))
+        return self.take(np.arange(step * self.batch_size, (step + 1) * self.batch_size))[1]
+
+    def take(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The epochs and the window numbers at `places` (…,) of the endless order, int64."""
+        epochs, places = np.divmod(places.astype(np.uint64), np.uint64(self.windows))
         # An array, since NumPy warns where a single number wraps.
         seeds = np.full(1, self.seed, dtype=np.uint64)
         keys = mix(mix(seeds + np.uint64(1)) + epochs)
@@ -41,7 +43,7 @@ class Sampler:
         while outside.size:
             result[outside] = self._permute(result[outside], keys[outside])
             outside = outside[result[outside] >= self.windows]
-        return result.astype(np.int64)
+        return epochs.astype(np.int64), result.astype(np.int64)
 
     def _permute(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
         a, b = self._sides

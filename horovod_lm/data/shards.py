@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,6 +11,7 @@ import numpy as np
 
 SHARD_TOKENS = 2**26  # of a full shard: 128 MiB of uint16
 _INDEX_TYPE = np.dtype("<i8")
+_BLOCK = 2**22  # bytes, or ids, that are in memory at once
 
 
 def token_type(vocabulary: int) -> np.dtype:
@@ -40,6 +42,14 @@ class Tokens:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def counts(self, vocabulary: int) -> np.ndarray:
+        """How often each id occurs, (vocabulary,) int64."""
+        result = np.zeros(vocabulary, dtype=np.int64)
+        for shard in self._shards:
+            for start in range(0, len(shard), _BLOCK):
+                result += np.bincount(shard[start : start + _BLOCK], minlength=vocabulary)
+        return result
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from position `start`, int32. Raises `IndexError` outside the stream."""
         if start < 0 or count < 0 or start + count > len(self):
@@ -67,55 +77,107 @@ def _map(path: Path, kind: np.dtype, count: int) -> np.ndarray:
 class _File:
     """A file that is written from front to back, and its digest."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
+    def __init__(self, path: Path, kind: np.dtype) -> None:
+        self.path, self.count, self._kind = path, 0, kind
         self._stream: BinaryIO = path.open("wb")
         self._digest = hashlib.sha256()
 
+    @classmethod
+    def resume(cls, path: Path, kind: np.dtype, entry: dict[str, Any]) -> _File:
+        """Go on behind what `entry` describes; what was written later is cut off. Raises
+        `ValueError` if the file is shorter or holds something else."""
+        file = cls.__new__(cls)
+        file.path, file.count, file._kind = path, entry["count"], kind
+        file._digest = hashlib.sha256()
+        left = file.count * kind.itemsize
+        file._stream = path.open("r+b")
+        while left and (block := file._stream.read(min(left, _BLOCK))):
+            file._digest.update(block)
+            left -= len(block)
+        if left or file._digest.hexdigest() != entry["sha256"]:
+            file._stream.close()
+            raise ValueError(f"{path} is not as it was left")
+        # A file that is read must be told where to write, even where it stands already.
+        file._stream.seek(file.count * kind.itemsize)
+        file._stream.truncate()
+        return file
+
     def write(self, values: np.ndarray) -> None:
-        data = values.tobytes()
+        data = values.astype(self._kind, copy=False).tobytes()
         self._digest.update(data)
         self._stream.write(data)
         self.count += len(values)
 
-    def close(self) -> dict[str, Any]:
-        self._stream.close()
+    def entry(self) -> dict[str, Any]:
         return {
             "file": self.path.name,
             "count": self.count,
             "sha256": self._digest.hexdigest(),
         }
 
+    def sync(self) -> dict[str, Any]:
+        """What is written so far, once it is on the disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return self.entry()
+
+    def close(self) -> dict[str, Any]:
+        if not self._stream.closed:
+            self.sync()
+            self._stream.close()
+        return self.entry()
+
 
 class TokenWriter:
     """Writes one stream, piece by piece, in constant memory. A context manager: on leaving, its
-    files are closed."""
+    files are closed. With `state`, from `save`, it goes on where another writer was then."""
 
     def __init__(
-        self, folder: Path, split: str, vocabulary: int, shard_tokens: int = SHARD_TOKENS
+        self,
+        folder: Path,
+        name: str,
+        vocabulary: int,
+        shard_tokens: int = SHARD_TOKENS,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        """Raises `ValueError` if the files are not as `state` has them."""
+        self._folder, self._name, self._shard_tokens = folder, name, shard_tokens
         self._kind = token_type(vocabulary)
+        self._index_path = folder / f"{name}.documents"
         self._shards: list[dict[str, Any]] = []
-        self._shard = self._open_shard()
-        self._index = _File(folder / f"{split}.documents")
         self._length = 0
         self._at_start = True
-        self.counts = np.zeros(vocabulary, dtype=np.int64)
+        if state is None:
+            self._shard = self._open_shard()
+            self._index = _File(self._index_path, _INDEX_TYPE)
+        else:
+            self._shards, self._length = list(state["shards"]), state["length"]
+            self._at_start = state["at_start"]
+            for shard in self._shards:
+                _File.resume(folder / shard["file"], self._kind, shard).close()
+            last = state["last"]
+            self._shard = _File.resume(folder / last["file"], self._kind, last)
+            self._index = _File.resume(self._index_path, _INDEX_TYPE, state["index"])
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files as they are."""
         self._shard.close()
         self._index.close()
 
     def _open_shard(self) -> _File:
-        return _File(self._folder / f"{self._split}-{len(self._shards):05}.tokens")
+        return _File(self._folder / f"{self._name}-{len(self._shards):05}.tokens", self._kind)
 
     def write(self, pieces: list[tuple[np.ndarray, bool]]) -> None:
         """Append pieces of documents: the ids of each, and whether it ends its document (which
         the end-of-text id must then close)."""
+        if not pieces:
+            return
         starts = []
         for ids, last in pieces:
             if self._at_start:
@@ -124,14 +186,23 @@ class TokenWriter:
             self._at_start = last
         self._index.write(np.array(starts, dtype=_INDEX_TYPE))
         ids = np.concatenate([ids for ids, _ in pieces])
-        self.counts += np.bincount(ids, minlength=len(self.counts))
         while len(ids):
             room = self._shard_tokens - self._shard.count
-            self._shard.write(ids[:room].astype(self._kind))
+            self._shard.write(ids[:room])
             ids = ids[room:]
             if self._shard.count == self._shard_tokens:
                 self._shards.append(self._shard.close())
                 self._shard = self._open_shard()
+
+    def save(self) -> dict[str, Any]:
+        """What another writer needs in order to go on from here, once that is on the disk."""
+        return {
+            "shards": list(self._shards),
+            "last": self._shard.sync(),
+            "index": self._index.sync(),
+            "length": self._length,
+            "at_start": self._at_start,
+        }
 
     def finish(self) -> dict[str, Any]:
         """Close the files; the stream's part of the manifest, with digests."""

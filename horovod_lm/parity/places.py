@@ -12,13 +12,14 @@ _SPECIAL = {
     "norm": "global norm of the gradient",
     "embeddings.sum": "embeddings, sum of tokens and positions",
     "embeddings": "embeddings after dropout",
-    "heads.lm.kernel": "output layer kernel",
+    "source_embeddings.sum": "source embeddings, sum of tokens and positions",
+    "source_embeddings": "source embeddings after dropout",
+    "pooled": "pooler output",
 }
 _TAILS = {
-    "attention.dropped": "attention probabilities after dropout",
-    "attention.mixed": "attention, values mixed by it",
-    "attention.residual": "residual stream after attention",
-    "feed_forward.residual": "residual stream after feed-forward",
+    "dropped": "{} probabilities after dropout",
+    "mixed": "{}, values mixed by it",
+    "residual": "residual stream after {}",
 }
 
 
@@ -30,8 +31,14 @@ def words(name: str) -> str:
     place, tail = _split(name)
     if not tail:
         return _plain(place)
-    text = _TAILS.get(tail, _plain(tail))
-    return f"{place} {text}" if place == "final norm" else f"{place}, {text}"
+    if tail == "logits":
+        return f"head {place} logits"
+    if place == "heads":
+        head, _, rest = tail.partition(".")
+        return _plain(f"{'output layer' if head == 'lm' else f'head {head}'} {rest}")
+    branch, _, end = tail.partition(".")
+    text = _TAILS[end].format(_plain(branch)) if end in _TAILS else _plain(tail)
+    return f"{place} {text}" if place.endswith(("final norm", "pooler")) else f"{place}, {text}"
 
 
 def within_layer(name: str) -> str:
@@ -42,17 +49,18 @@ def within_layer(name: str) -> str:
 
 def layer(name: str) -> str:
     """The layer that a site or a parameter belongs to: "embeddings", "block 2", "final norm",
-    "output", or "all" for the global norm."""
+    "pooler", "output", or "all" for the global norm."""
     place, _ = _split(name)
-    return {"norm": "all", "heads": "output", "logits": "output", "loss": "output"}.get(
-        place, place
-    )
+    outputs = place in ("heads", "logits", "loss") or name.endswith(".logits")
+    return "all" if place == "norm" else "output" if outputs else place
 
 
 def _split(name: str) -> tuple[str, str]:
     first, _, rest = name.partition(".")
     if first not in ("decoder", "encoder"):
-        return first, rest
+        return {"source_embeddings": "source embeddings", "pooled": "pooler"}.get(
+            first, first
+        ), rest
     stack = "encoder " if first == "encoder" else ""
     second, _, tail = rest.partition(".")
     if second.isdigit():

@@ -20,18 +20,18 @@ from horovod_lm.backend import (
     load_backends,
     require_backend,
 )
-from horovod_lm.config import Config
+from horovod_lm.config import Config, with_keys
 from horovod_lm.data.batches import Batches
 from horovod_lm.data.prepare import Log, Prepared, prepare
 from horovod_lm.errors import UserError
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.parity.measure import TOLERANCES, UNIT_ROUNDOFF, Squares
 from horovod_lm.parity.places import backward_order
 from horovod_lm.parity.result import Kind, Place, Result
 from horovod_lm.randomness import initial_weights, normals, philox, uniforms
 from horovod_lm.spec import ModelSpec
 from horovod_lm.topology import place
-from horovod_lm.train import make_engine
+from horovod_lm.train import make_engine, split_feeds
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -89,7 +89,9 @@ def parity(
         "seed": config.train.seed,
         "rows": rows,
         "length": config.model.context,
-        "target_weights": [float(micro.losses[0].weights.sum()) for micro in micros],
+        "target_weights": [
+            float(sum(loss.weights.sum() for loss in micro.losses)) for micro in micros
+        ],
         "dropout_step": STEP,
         "loss_scale": comparison.loss_scale,
         "optimizer": config.optimizer.name,
@@ -121,14 +123,14 @@ def make_engines(
     """The engines of both backends in `precision`, which must be there; then, unless that is fp64,
     both in fp64, or None where a backend refuses it."""
     engines: list[Engine | None] = [
-        make_engine(config, CausalLM(), backend, communicator, precision)
+        make_engine(config, backend, communicator, precision)
         for backend, communicator in backends.values()
     ]
     if precision == "fp64":
         return engines
     for name, (backend, communicator) in backends.items():
         try:
-            engines.append(make_engine(config, CausalLM(), backend, communicator, "fp64"))
+            engines.append(make_engine(config, backend, communicator, "fp64"))
         except UserError as error:
             engines.append(None)
             left_out.append(f"{name} in fp64: {error}")
@@ -136,32 +138,63 @@ def make_engines(
 
 
 def batch(config: Config, prepared: Prepared, rows: int) -> list[MicroBatch]:
-    """`rows` windows of the training text in two micro-batches. Targets weigh 0, 1/2 or 1, by
+    """`rows` rows of the training text in two micro-batches. Targets weigh 0, 1/2 or 1, by
     chance, and less in the first micro-batch: who ignores weights, or takes a mean over a
-    micro-batch, gets another loss and other gradients."""
-    batches = Batches(
-        prepared.train,
-        CausalLM(),
-        context=config.model.context,
-        global_batch_size=rows,
-        micro_batch_size=-(-rows // 2),
-        seed=config.train.seed,
-        rank=0,
-        ranks=1,
-    )
+    micro-batch, gets another loss and other gradients. Without an objective any model is compared,
+    also one that could not be trained so: what it takes beside tokens is made of the same windows
+    (`more_inputs`)."""
+    config = with_keys(config, train={"global_batch_size": rows})
+    seed, context = config.train.seed, config.model.context
+    if config.objective:
+        feeds = split_feeds(config, prepared, "train")
+    else:
+        feeds = causal_windows(prepared.train, context, rows, seed)
+    batches = Batches(feeds, micro_batch_size=-(-rows // 2), rank=0, ranks=1)
     micros = batches[0].micros
-    weights = []
+    weights: list[list[np.ndarray]] = []
     for index, micro in enumerate(micros):
-        old = micro.losses[0].weights
-        drawn = uniforms(philox(config.train.seed, f"parity.weights.{index}"), old.size)
-        light = 0.5 if index == 0 else 0.2
-        new = np.where(drawn < light, 0.0, np.where(drawn < light + 0.2, 0.5, 1.0))
-        weights.append(old * new.reshape(old.shape).astype(np.float32))
-    normaliser = float(sum(array.sum(dtype=np.float64) for array in weights))
-    return [
-        replace(micro, losses=(replace(micro.losses[0], weights=array, normaliser=normaliser),))
-        for micro, array in zip(micros, weights, strict=True)
+        weights.append([])
+        for loss in micro.losses:
+            name = f"parity.weights.{index}" + (f".{loss.name}" if weights[-1] else "")
+            drawn = uniforms(philox(config.train.seed, name), loss.weights.size)
+            light = 0.5 if index == 0 else 0.2
+            new = np.where(drawn < light, 0.0, np.where(drawn < light + 0.2, 0.5, 1.0))
+            weights[-1].append(loss.weights * new.reshape(loss.weights.shape).astype(np.float32))
+    sums = [
+        float(sum(array.sum(dtype=np.float64) for array in arrays)) or 1.0
+        for arrays in zip(*weights, strict=True)
     ]
+    return [
+        replace(
+            micro,
+            inputs=micro.inputs if config.objective else more_inputs(config.model, micro.inputs),
+            losses=tuple(
+                replace(loss, weights=array, normaliser=normaliser)
+                for loss, array, normaliser in zip(micro.losses, arrays, sums, strict=True)
+            ),
+        )
+        for micro, arrays in zip(micros, weights, strict=True)
+    ]
+
+
+def more_inputs(spec: ModelSpec, inputs: Tensors) -> Tensors:
+    """`inputs` of a decoder with what a model of `spec` takes beside them: to an encoder, each row
+    ends in padding; an encoder-decoder reads the tokens backwards; segments change in the middle of
+    a row."""
+    tokens = inputs["tokens"]
+    length = tokens.shape[1]
+    place = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    padded = (place < length - length // 4).astype(np.int32)
+    segments = place * min(2, spec.segments) // length
+    more: dict[str, np.ndarray] = {}
+    if spec.kind == "encoder-decoder":
+        backwards = np.ascontiguousarray(tokens[:, ::-1])
+        more |= {"source": backwards, "source_blocks": padded, "source_segments": segments}
+    elif spec.kind == "encoder":
+        more["blocks"] = padded
+    more["segments"] = segments
+    names = [name for name in more if spec.segments or not name.endswith("segments")]
+    return {**inputs, **{name: more[name] for name in names}}
 
 
 def moved_weights(spec: ModelSpec, seed: int) -> dict[str, np.ndarray]:

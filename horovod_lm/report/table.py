@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from horovod_lm.report.runs import PARTS, Run
+from horovod_lm.report.runs import PARTS, Row, Run
 
 if TYPE_CHECKING:
     from horovod_lm.report.results import Comparison
@@ -63,16 +63,31 @@ def _loss_lines(comparison: Comparison) -> list[Line]:
     validation = _all(comparison, lambda run: run.record.get("validation_loss"))
     shares = _all(comparison, _share)
     lines = [Line("loss of the last step, nats", loss, _differences(loss), 4)]
+    lines += _named_lines(comparison, lambda run: run.steps)
     curves = [comparison.curves(which) for which in comparison.others]
     if any(curves):
         texts = [_apart(found.largest) if found else "–" for found in curves]
         lines.append(Line("loss curves, largest difference", ("", *texts)))
     lines += [
         Line("validation loss, nats per token", validation, _differences(validation), 4),
+        *_named_lines(comparison, lambda run: run.evaluations),
         Line("  share of the unigram entropy", shares, (), 3),
     ]
     if len(comparison.seeds) > 1:
         lines += _seeds_lines(comparison)
+    return lines
+
+
+def _named_lines(comparison: Comparison, rows: Callable[[Run], list[Row]]) -> list[Line]:
+    """Each loss of the last of `rows`, where there are several."""
+    last = [(rows(run) or [{}])[-1].get("losses") or {} for run in comparison.runs]
+    names = dict.fromkeys(name for losses in last for name in losses)
+    if len(names) < 2:
+        return []
+    lines = []
+    for name in names:
+        values = tuple(losses.get(name) for losses in last)
+        lines.append(Line(f"  {name}", values, _differences(values), 4))
     return lines
 
 

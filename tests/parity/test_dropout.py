@@ -31,7 +31,7 @@ def test_masks_are_bit_equal(backends, rate):
     from torch_backend.layers import keep_mask as torch_mask
 
     spec = ModelSpec(width=32, layers=2, heads=4, context=40)
-    words = dropout_words(spec, 7, 123, np.array([0, 5, 2**31]), 40)
+    words = dropout_words(spec, 7, 123, np.array([0, 5, 2**31]), {"decoder": 40})["decoder"]
     pairs = [
         (words.residual_rows[1], words.residual_columns[1]),
         (words.attention_rows[0], words.attention_columns[0]),

@@ -14,8 +14,10 @@ import pytest
 
 from horovod_lm.backend import EngineSettings, EngineState, MicroBatch
 from horovod_lm.data.batches import Batches
+from horovod_lm.data.feeds import Feed
+from horovod_lm.data.layout import Single
 from horovod_lm.data.shards import Tokens, TokenWriter
-from horovod_lm.objectives import FILLER
+from horovod_lm.objectives import Corpus, Targets
 from horovod_lm.objectives.causal_lm import CausalLM
 from horovod_lm.spec import ModelSpec
 from tests.parity.compare import difference, differences, within
@@ -35,18 +37,14 @@ LIMITS = {"fp32": (1e-6, 1e-5), "bf16": (2**-13, 2**-7), "fp16": (2**-16, 2**-10
 class Uneven(CausalLM):
     """Window w has no more than 1 + 5 w mod 16 targets."""
 
-    def _lengths(self, windows: np.ndarray) -> np.ndarray:
-        return np.minimum(1 + 5 * windows % 16, np.where(windows == 13, 3, 16))
+    def counts(self, examples, epochs):
+        lengths = np.minimum(1 + 5 * examples % 16, self.lengths[examples, 0])
+        return {"lm": lengths}
 
-    def weight_sums(self, tokens, context, windows):
-        return {"lm": float(self._lengths(windows[windows != FILLER]).sum())}
-
-    def micro_batch(self, tokens, context, windows, rows, normalisers):
-        micro = super().micro_batch(tokens, context, windows, rows, normalisers)
-        (loss,) = micro.losses
-        places = np.arange(context)
-        weights = loss.weights * (places < self._lengths(windows)[:, None])
-        return replace(micro, losses=(replace(loss, weights=weights.astype(np.float32)),))
+    def example(self, number, epoch):
+        example = super().example(number, epoch)
+        (count,) = self.counts(np.array([number]), np.array([epoch]))["lm"]
+        return replace(example, targets={"lm": Targets(example.targets["lm"].values[:count])})
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +63,16 @@ def engines(request, backends):
     return {backend.name: backend.engine(SPEC, settings, c) for backend, c in backends}
 
 
-def micro_batches(tokens: Tokens, objective: CausalLM, ranks: int, micro: int | None) -> list:
+def micro_batches(tokens: Tokens, kind: type[CausalLM], ranks: int, micro: int | None) -> list:
     """Those of all ranks."""
+    objective = kind(Corpus("corpus", tokens), SPEC.context)
+    layout = Single(objective, (SPEC.context,))
+    feed = Feed([objective], [layout], [1.0], seed=SEED, rows=ROWS)
     return [
         batch
         for rank in range(ranks)
-        for batch in Batches(
-            tokens, objective, context=SPEC.context, global_batch_size=ROWS,
-            micro_batch_size=micro, seed=SEED, rank=rank, ranks=ranks,
-        )[STEP].micros
-    ]  # fmt: skip
+        for batch in Batches([feed], micro_batch_size=micro, rank=rank, ranks=ranks)[STEP].micros
+    ]
 
 
 @dataclass
@@ -101,7 +99,7 @@ def one_step(engine, micros: list[MicroBatch], scale: float) -> Result:
     return Result(reduced.losses["lm"], reduced.norm, gradients, move)
 
 
-@pytest.mark.parametrize("objective", [CausalLM(), Uneven()], ids=["windows", "uneven"])
+@pytest.mark.parametrize("objective", [CausalLM, Uneven], ids=["windows", "uneven"])
 def test_every_layout_gives_the_same_step(engines, tokens, objective):
     on_4_ranks = micro_batches(tokens, objective, 4, None)
     counts = [micro.losses[0].weights.sum() for micro in on_4_ranks]
@@ -133,7 +131,7 @@ def of_many(micro: MicroBatch, targets: float) -> MicroBatch:
 def test_neither_scale_nor_count_overflows(engines, tokens):
     """A scale of 2^24 over 2^22 targets is a factor of 4 on each target's loss: nothing else of
     them reaches a half. The sum of the losses, or the scale, would be inf in fp16."""
-    (micro,) = micro_batches(tokens, Uneven(), 1, None)
+    (micro,) = micro_batches(tokens, Uneven, 1, None)
     scale, targets = 2.0**24, 2.0**22
     assert min(scale, targets) > LARGEST_HALF
     for name, engine in engines.items():
@@ -148,7 +146,7 @@ def test_neither_scale_nor_count_overflows(engines, tokens):
 def test_the_sum_over_micro_batches_may_be_larger_than_a_half(engines, tokens):
     """Each part's scaled gradient fits into fp16, their sum only into the fp32 that it is kept and
     reduced in."""
-    (micro,) = micro_batches(tokens, Uneven(), 1, None)
+    (micro,) = micro_batches(tokens, Uneven, 1, None)
     for name, engine in engines.items():
         once = one_step(engine, [micro], 1.0)
         largest = max(float(np.abs(gradient).max()) for gradient in once.gradients.values())

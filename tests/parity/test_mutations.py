@@ -85,7 +85,7 @@ UPDATE = "update of {} (the {} update, {})"
 MUTATIONS = [
     torch(
         "another epsilon in the norm", "layers.py",
-        "self.epsilon = spec.norm_epsilon", "self.epsilon = 1e-6",
+        "self.epsilon, self.centred = spec.norm_epsilon,", "self.epsilon, self.centred = 1e-6,",
         "block 1, attention norm",
     ),
     torch(
@@ -113,18 +113,17 @@ MUTATIONS = [
     ),
     torch(
         "keys for values", "layers.py",
-        "query, key, value = qkv.", "query, value, key = qkv.",
+        "query, key, value = self._heads(", "query, value, key = self._heads(",
         "block 1, attention key",
     ),
     torch(
         "heads swapped", "layers.py",
-        "mixed.transpose(1, 2).reshape(batch, length, width)",
-        "mixed.flip(1).transpose(1, 2).reshape(batch, length, width)",
+        "mixed.transpose(1, 2).reshape(", "mixed.flip(1).transpose(1, 2).reshape(",
         "block 1, attention, values mixed by it",
     ),
     torch(
         "scores over K", "layers.py",
-        "1 / math.sqrt(width)", "1 / width",
+        "self.spec.attention_scale", "self.spec.attention_scale**2",
         "block 1, attention scores",
     ),
     torch(
@@ -171,6 +170,30 @@ MUTATIONS = [
         UPDATE.format("embeddings, tokens", "first", "first moment"),
         sets=("optimizer.name=sgd",),
     ),
+    torch(
+        "padding is seen", "model.py",
+        "blocks[:, :, None] == blocks[:, None, :]", "blocks[:, :, None] >= 0",
+        "encoder block 1, attention scores",
+        sets=("model.kind=encoder",),
+    ),
+    torch(
+        "padding of the source is seen", "model.py",
+        "== source_blocks[:, None, :]", ">= source_blocks[:, None, :]",
+        "block 1, cross-attention scores",
+        sets=("model.kind=encoder-decoder",),
+    ),
+    torch(
+        "keys and values of another row", "layers.py",
+        "x.repeat_interleave(ctx.groups, 0)", "x.repeat(ctx.groups, 1, 1)",
+        "block 1, attention scores",
+        sets=("model.key_value_heads=1",),
+    ),
+    torch(
+        "gate and up change places", "layers.py",
+        "self.activation(full(gate)) * full(up)", "self.activation(full(up)) * full(gate)",
+        "block 1, feed-forward activation",
+        sets=("model.gated=true",),
+    ),
     tensorflow(
         "another epsilon in the norm", "layers.py",
         "rsqrt(variance + epsilon)", "rsqrt(variance + 1e-6)",
@@ -178,8 +201,7 @@ MUTATIONS = [
     ),
     tensorflow(
         "scores without a scale", "layers.py",
-        "def attend(query, key, value):\n",
-        "def attend(query, key, value):\n        query = query * math.sqrt(width)\n",
+        "scale = self.spec.attention_scale", "scale = 1.0",
         "block 1, attention scores",
     ),
     tensorflow(
@@ -191,6 +213,31 @@ MUTATIONS = [
         "tanh form of GELU", "layers.py",
         '"gelu": _gelu,', '"gelu": lambda x: tf.nn.gelu(x, approximate=True),',
         "block 1, feed-forward activation",
+    ),
+    tensorflow(
+        "turned the other way", "layers.py",
+        "_turned(full(x), cosines, sines)", "_turned(full(x), cosines, -sines)",
+        "block 1, attention query",
+        sets=("model.positions=rotary",),
+    ),
+    tensorflow(
+        "buckets of an encoder", "model.py",
+        "relative_buckets(spec, self.name,", 'relative_buckets(spec, "encoder",',
+        "block 1, attention scores",
+        sets=("model.positions=relative",),
+    ),
+    tensorflow(
+        "no gradient of the relative table", "model.py",
+        "tf.gather(tf.convert_to_tensor(self.relative_bias), buckets)",
+        "tf.stop_gradient(tf.gather(tf.convert_to_tensor(self.relative_bias), buckets))",
+        "gradient of decoder, relative bias",
+        sets=("model.positions=relative",),
+    ),
+    tensorflow(
+        "a norm that centres", "layers.py",
+        '"rms_norm": _divide_by_size', '"rms_norm": _normalise',
+        "encoder block 1, attention norm",
+        sets=("model.norm=rms_norm", "model.kind=encoder-decoder"),
     ),
     tensorflow(
         "mean of means", "engine.py",

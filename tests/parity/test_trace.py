@@ -38,6 +38,10 @@ def traces(exact):
     return {name: engine.trace(micro, STEP) for name, engine in exact.fresh().items()}
 
 
+def lengths(spec) -> dict[str, int]:
+    return dict.fromkeys(spec.stacks, spec.context)
+
+
 def sites(spec) -> list[str]:
     post = spec.norm_placement == "post"
     names = ["embeddings.sum", *["embeddings.norm"] * post, "embeddings"]
@@ -71,9 +75,9 @@ def test_the_sites_their_order_and_shapes(exact, traces):
 
 def test_in_fp64_both_backends_compute_the_same(exact, traces):
     reference = Reference(exact.spec, starting_weights(exact.spec))
-    words = dropout_words(exact.spec, SEED, STEP, np.arange(ROWS), exact.spec.context)
+    words = dropout_words(exact.spec, SEED, STEP, np.arange(ROWS), lengths(exact.spec))
     micro = micro_batch(exact.spec)
-    logits = reference.logits(micro.inputs["tokens"], words).detach().numpy()
+    logits = reference.logits(micro.inputs, words)
     loss = reference.loss(micro, words)
     for site, array in traces["torch"].items():
         apart = difference(traces["tensorflow"][site], array)
@@ -98,7 +102,7 @@ def test_in_fp64_both_backends_compute_the_same(exact, traces):
 
 def test_masked_scores_are_zero_and_dropped_probabilities_those_of_the_mask(exact, traces):
     spec = exact.spec
-    words = dropout_words(spec, SEED, STEP, np.arange(ROWS), spec.context)
+    words = dropout_words(spec, SEED, STEP, np.arange(ROWS), lengths(spec)).get("decoder")
     for name, trace in traces.items():
         for index in range(spec.layers):
             at = f"decoder.{index}.attention"
@@ -162,7 +166,7 @@ def test_fp64_decodes_and_takes_states(exact):
     tokens = micro_batch(exact.spec).inputs["tokens"]
     for name, engine in exact.fresh().items():
         logits = engine.logits({"tokens": tokens})
-        last, cache = engine.start(tokens[:, :5])
+        last, cache = engine.start({"tokens": tokens[:, :5]})
         assert logits.dtype == last.dtype == np.float64, name
         assert difference(last, logits[:, 4]) <= 1e-12, name
         last, _ = engine.next(tokens[:, 5], cache)

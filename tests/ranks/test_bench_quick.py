@@ -74,6 +74,13 @@ def test_dropout_needs_dropout(tmp_path: Path) -> None:
     assert "model.dropout and model.attention_dropout are 0" in message
 
 
+def test_recompute(tmp_path: Path) -> None:
+    found = bench(tmp_path, "recompute", "--backends", "torch")
+    assert [row["variant"] for row in found["rows"]] == ["kept", "recomputed"]
+    assert all(row["memory_mib"] > 0 for row in found["rows"])
+    assert ratios(found, "backend") == [("step time, recomputed / kept", "torch")]
+
+
 def test_data(tmp_path: Path) -> None:
     found = bench(tmp_path, "data", "--backends", "torch")
     assert ratios(found) == [("reader / copy in memory",), ("reader / training, torch",)]

@@ -2,6 +2,7 @@
 training that does not notice."""
 
 import json
+import re
 import statistics
 from collections import defaultdict
 
@@ -125,7 +126,8 @@ def test_what_xla_compiles_is_sorted_by_the_layers_it_came_from(config):
         assert kind["ms"] > 0, name
     found, _ = trace_of(folder)
     scopes = {row["args"].get("scope", "") for row in found["rank 0 TensorFlow"]}
-    assert any("decoder.0" in scope and "feed_forward" in scope for scope in scopes)
+    # Keras numbers a name that it has seen before.
+    assert any(re.search(r"decoder\w*/0\w*/feed_forward", scope) for scope in scopes)
     assert not any(row["name"] == "fusion" for row in found["rank 0 TensorFlow"])
 
 

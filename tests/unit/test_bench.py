@@ -159,13 +159,27 @@ def test_a_file_that_cannot_be_written_is_no_traceback(tmp_path):
 # ---- what is measured
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_products_are_those_of_a_step(tied):
-    overrides = {"tied": tied, "width": 64, "context": 512}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tied": True},
+        {"tied": False},
+        {"kind": "encoder", "head_transform": True, "gated": True},
+        {"kind": "encoder-decoder", "encoder_layers": 2, "key_value_heads": 2},
+        {"kind": "encoder-decoder", "head_size": 5, "pooler": False},
+    ],
+)
+def test_products_are_those_of_a_step(changes):
+    overrides = {"width": 64, "context": 512, **changes}
     spec = make_config({"model": overrides}, "test").model
-    flops = sum(product.flops for product in products_of(spec, 4))
-    attention = 12 * spec.width * spec.layers * (spec.context + 1) / 2
+    products = products_of(spec, 4)
+    flops = sum(product.flops for product in products)
+    attention = spec.attention_flops_per_token()
     assert flops == pytest.approx(4 * spec.context * (spec.flops_per_token() - attention))
+    outputs = [p.outputs for p in products if p.inputs == 64]
+    width = spec.attention_width
+    fused = "key_value_heads" not in changes
+    assert (3 * width in outputs) == fused
 
 
 def test_tokens_come_from_the_seed_alone():

@@ -20,6 +20,7 @@ from horovod_lm.cli.table import scaled, size
 from horovod_lm.config import load_config
 from horovod_lm.inspection import check_disk, describe, micro_batch_rows, parts, plan, rows
 from horovod_lm.installed import Horovod
+from horovod_lm.presets import preset
 from horovod_lm.spec import ModelSpec
 
 HEAVY = ("numpy", "pydantic", "rich", "torch", "tensorflow", "keras", "horovod", "psutil")
@@ -132,7 +133,7 @@ def test_completion_completes_commands_and_options():
 
     assert complete("horovod-lm tr") == ["plain,train"]
     assert "plain,--backend" in complete("horovod-lm train --b")
-    assert complete("horovod-lm train x --set train.st") == ["plain,train.steps="]
+    assert complete("horovod-lm train x --set train.ste") == ["plain,train.steps="]
 
 
 def test_without_a_command_the_help_is_shown():
@@ -163,11 +164,18 @@ def test_completion_script(shell):
         (["train", "x", "-np", "4"], "mpirun -np 4 horovod-lm train"),
         (["train", "missing.toml"], "missing.toml does not exist"),
         (["inspect", "{folder}"], "has no config.toml"),
+        (["inspect"], "give a config, the folder of a run, or --preset NAME: one of them"),
+        (["inspect", "{config}", "--preset", "gpt2"], "or --preset NAME: one of them"),
+        (["inspect", "--preset", "gpt-2"], 'model.preset: there is no preset "gpt-2"; known: '),
         (["inspect", "{config}", "--set", "model.laers=3"], "did you mean model.layers?"),
         (["inspect", "{config}", "--set", "layers=3"], "did you mean model.layers?"),
         (["inspect", "{config}", "--set", "train.steps"], "is not of the form section.key=value"),
         (["inspect", "{config}", "--set", "train.steps=many"], "train.steps = 'many'"),
         (["inspect", "{config}", "--set", "model.heads=3"], "does not divide width = 32"),
+        (
+            ["train", "{config}", "--set", "model.kind=encoder"],
+            'causal_lm, the default objective, needs model.kind = "decoder", not "encoder"; change',
+        ),
         (["evaluate", "{folder}"], "is not the folder of a run"),
         (["generate", "x", "--prompt", ""], "the prompt is empty"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "is not in the range x>=0"),
@@ -278,6 +286,18 @@ def test_rows_and_parts_add_up(kind, tied, placement):
     assert len({row.name for row in table}) == len(table)
     assert sum(parts(spec).values()) == spec.size
     assert ("heads" in parts(spec)) == (not tied)
+    assert ("cross_attention" in parts(spec)) == (kind == "encoder-decoder")
+
+
+def test_parts_of_well_known_models():
+    bert = parts(preset("bert-base").spec)
+    assert list(bert) == ["embeddings", "norms", "attention", "feed_forward", "pooler", "heads"]
+    assert bert["embeddings"] == (30522 + 512 + 2) * 768
+    assert bert["pooler"] == 768 * 768 + 768
+    assert bert["heads"] == bert["pooler"] + 30522
+    t5 = parts(preset("t5-small").spec)
+    assert t5["attention"] == 12 * 4 * 512 * 512 + 2 * 32 * 8
+    assert t5["cross_attention"] == 6 * 4 * 512 * 512
 
 
 def test_figures_of_a_small_model_by_hand(folder):
@@ -358,6 +378,22 @@ def test_inspect_json_is_the_whole_table(folder):
     spec = load_config(folder / "tiny.toml").model
     assert [p["name"] for p in figures["parameters"]] == [p.name for p in spec.parameters]
     assert figures["total"] == spec.size
+
+
+def test_inspect_shows_a_preset_beside_what_was_published():
+    text = run("inspect", "--preset", "bert-base").stdout
+    assert re.search(
+        r"^published +110,000,000\nhere +110,104,890\ndifference +\+104,890 ", text, re.M
+    )
+    assert "Published: Devlin et al. (2019), section 3; with the head of masked words." in text
+    assert re.search(r"^encoder\.0-11\.attention\.query\.kernel +768 x 768 +12 ", text, re.M)
+    assert max(map(len, text.splitlines())) <= 100
+    figures = json.loads(run("inspect", "--preset", "gpt2", "--json").stdout)
+    assert (figures["preset"], figures["difference"]) == ("gpt2", 0)
+    assert figures["published"] == figures["total"] == 124_439_808
+    assert "openai" in figures["source"]
+    smaller = run("inspect", "--preset", "gpt2", "--set", "model.layers=6", "--json").stdout
+    assert json.loads(smaller)["difference"] == -6 * (12 * 768 * 768 + 13 * 768)
 
 
 @pytest.mark.parametrize("no_color", [False, True])

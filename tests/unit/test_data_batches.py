@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 
 from horovod_lm.data.batches import Batches, share, validation_batches
+from horovod_lm.data.feeds import FILLER, Feed
+from horovod_lm.data.layout import Single
 from horovod_lm.data.sampler import Sampler
 from horovod_lm.data.shards import Tokens, TokenWriter
+from horovod_lm.objectives import Corpus
 from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives.registry import causal_windows
 
 CONTEXT = 8
 LENGTH = 333  # 42 windows, the last one of 4 targets
@@ -23,15 +27,16 @@ def tokens(tmp_path_factory):
     return Tokens(folder, writer.finish())
 
 
+def feeds(tokens, batch, seed, objective=None):
+    objective = objective or CausalLM(Corpus("", tokens), CONTEXT)
+    return [Feed([objective], [Single(objective, (CONTEXT,))], [1.0], seed=seed, rows=batch)]
+
+
 def make(tokens, ranks, micro, *, batch=11, seed=3, objective=None):
     return [
         Batches(
-            tokens,
-            objective or CausalLM(),
-            context=CONTEXT,
-            global_batch_size=batch,
+            feeds(tokens, batch, seed, objective),
             micro_batch_size=micro,
-            seed=seed,
             rank=rank,
             ranks=ranks,
         )
@@ -56,10 +61,11 @@ def assemble(batches, step, batch=11):
 
 
 def test_windows_are_the_tokens_and_their_successors(tokens):
-    objective = CausalLM()
-    assert objective.windows(tokens, CONTEXT) == 42
-    windows = np.array([0, 41, -1, 5])
-    micro = objective.micro_batch(tokens, CONTEXT, windows, np.arange(4), {"lm": 20.0})
+    (feed,) = feeds(tokens, 42, seed=3)
+    assert len(feed.objectives[0].lengths) == 42
+    (part,) = feed.evenly(0)
+    kinds = {kind.name: kind for kind in feed.losses}
+    micro = part.micro_batch([0, 41, FILLER, 5], np.arange(4), kinds, {"lm": 20.0}, {"lm": 1.0})
     (loss,) = micro.losses
     assert micro.inputs["tokens"].tolist() == [
         [1, 2, 3, 4, 5, 6, 7, 8],
@@ -72,7 +78,9 @@ def test_windows_are_the_tokens_and_their_successors(tokens):
     assert (loss.name, loss.head, loss.normaliser, loss.factor) == ("lm", "lm", 20.0, 1.0)
     assert micro.inputs["tokens"].dtype == loss.targets.dtype == np.int32
     assert loss.weights.dtype == np.float32
-    assert objective.weight_sums(tokens, CONTEXT, windows) == {"lm": 20.0}
+    assert part.sums() == {"lm": LENGTH - 1}
+    assert (loss.positions, loss.smoothing, loss.z_loss) == (None, 0.0, 0.0)
+    assert list(micro.inputs) == ["tokens"]
 
 
 def test_every_token_but_the_first_is_one_target(tokens):
@@ -89,9 +97,10 @@ def test_the_number_of_windows(tmp_path, length, windows):
     with TokenWriter(tmp_path, "train", 1000) as writer:
         writer.write([(np.ones(length, dtype=np.int32), True)])
     tokens = Tokens(tmp_path, writer.finish())
-    objective = CausalLM()
-    assert objective.windows(tokens, CONTEXT) == windows
-    assert objective.weight_sums(tokens, CONTEXT, np.arange(windows)) == {"lm": length - 1}
+    (part,) = causal_windows(tokens, CONTEXT, 1, seed=0)[0].evenly(0)
+    assert len(part) == windows
+    assert part.sums() == {"lm": length - 1}
+    assert (part.real(), part.computed()) == (length - 1, windows * CONTEXT)
 
 
 @pytest.mark.parametrize("ranks, micro", SPLITS)
@@ -163,15 +172,15 @@ class Failing(CausalLM):
 
     made = 0
 
-    def micro_batch(self, *arguments):
+    def example(self, *arguments):
         self.made += 1
-        if self.made == 3:
+        if self.made == 3 * 11:
             raise OSError("the disk went away")
-        return super().micro_batch(*arguments)
+        return super().example(*arguments)
 
 
 def test_an_exception_in_the_thread_comes_out_of_next(tokens):
-    (one,) = make(tokens, 1, None, objective=Failing())
+    (one,) = make(tokens, 1, None, objective=Failing(Corpus("", tokens), CONTEXT))
     with one.ahead(0) as stream:
         next(stream)
         next(stream)
@@ -182,19 +191,19 @@ def test_an_exception_in_the_thread_comes_out_of_next(tokens):
 class Counting(CausalLM):
     made = 0
 
-    def micro_batch(self, *arguments):
+    def example(self, *arguments):
         self.made += 1
-        return super().micro_batch(*arguments)
+        return super().example(*arguments)
 
 
 def test_few_batches_wait_and_leaving_ends_the_thread_at_once(tokens):
     before = threading.active_count()
-    objective = Counting()
+    objective = Counting(Corpus("", tokens), CONTEXT)
     (one,) = make(tokens, 1, None, objective=objective)
     with one.ahead(0) as stream:
         next(stream)
         time.sleep(0.05)
-        assert 1 <= objective.made <= 3
+        assert 11 <= objective.made <= 3 * 11
         assert threading.active_count() == before + 1
         start = time.monotonic()
     assert time.monotonic() - start < 1
@@ -219,16 +228,15 @@ def test_validation_is_shared_without_gap_or_overlap(tokens, ranks, windows):
     rows, total = [], 0.0
     for rank in range(ranks):
         for micro in validation_batches(
-            tokens, CausalLM(), context=CONTEXT, rows=4, windows=windows, rank=rank, ranks=ranks
+            feeds(tokens, 1, 0), rows=4, windows=windows, rank=rank, ranks=ranks
         ):
             (loss,) = micro.losses
             assert loss.targets.shape == micro.inputs["tokens"].shape == (4, CONTEXT)
             assert len(set(micro.rows.tolist())) == 4
             real = loss.weights.any(axis=1)
-            assert np.array_equal(
-                (micro.inputs["tokens"][real, 0] - 1) // CONTEXT, micro.rows[real]
-            )
-            rows += micro.rows[real].tolist()
+            # Ranks come one after the other here, and so do their rows.
+            assert np.array_equal(micro.rows[real], len(rows) + np.arange(real.sum()))
+            rows += ((micro.inputs["tokens"][real, 0] - 1) // CONTEXT).tolist()
             total += float(loss.weights.sum())
             normaliser = loss.normaliser
     assert len(rows) == len(set(rows)) == count
@@ -242,12 +250,8 @@ def test_a_batch_is_made_in_well_under_a_millisecond(tmp_path):
         writer.write([(ids, True)])
     tokens = Tokens(tmp_path, writer.finish())
     one = Batches(
-        tokens,
-        CausalLM(),
-        context=256,
-        global_batch_size=16,
+        causal_windows(tokens, 256, 16, seed=0),
         micro_batch_size=None,
-        seed=0,
         rank=0,
         ranks=1,
     )

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import subprocess
 import sys
@@ -5,14 +6,16 @@ import sys
 import pytest
 
 from horovod_lm.data import documents
-from horovod_lm.data.documents import Corpus, find_files, text_digest
+from horovod_lm.data.documents import Corpus, file_digest, find_files
+from horovod_lm.data.readers import Faults
 from horovod_lm.errors import UserError
 
 
 def whole(path, kind):
     """The documents of a file, pieces joined."""
     result, current = [], ""
-    for text, ends in Corpus((path,), kind).pieces():
+    for text, ends, stream in Corpus((path,), kind).pieces():
+        assert stream == 0
         current += text
         if ends:
             result.append(current)
@@ -57,7 +60,7 @@ def test_large_documents_come_in_pieces(tmp_path, monkeypatch, kind, piece):
     expected = whole(path, kind)
     monkeypatch.setattr(documents, "PIECE", piece)
     pieces = list(Corpus((path,), kind).pieces())
-    assert max(len(text) for text, _ in pieces) <= 2 * piece
+    assert max(len(text) for text, _, _ in pieces) <= 2 * piece
     # A piece boundary after a line feed keeps that line feed.
     assert [document.rstrip("\n") for document in whole(path, kind)] == expected
 
@@ -94,30 +97,54 @@ def test_a_pattern_without_a_file_is_refused(tmp_path, pattern):
         ("a\u00e9\u20ac".encode() + b"\xff", 6, "byte 0xff"),
         (b"\xff\xfea\0", 0, "byte 0xff"),  # UTF-16 with its mark
         (b"a\0b\0", 1, "a NUL byte"),  # and without
-        (b"\xe2\x82", 0, "an incomplete UTF-8 character"),
-        (b"ok \xe2\x82", 3, "an incomplete UTF-8 character"),
-        (b"\xe2\x82\0", 2, "a NUL byte"),
+        (b"\xe2\x82", 0, "byte 0xe2"),
+        (b"ok \xe2\x82", 3, "byte 0xe2"),
+        (b"\xe2\x82\0", 0, "byte 0xe2"),
         (b"\xed\xa0\x80", 0, "byte 0xed"),  # a surrogate
     ],
 )
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 1 << 22])
-def test_what_is_not_text_is_named_with_its_offset(
-    tmp_path, monkeypatch, content, offset, what, block
+@pytest.mark.parametrize("piece", [1, 2, 3, 4, 1 << 20])
+@pytest.mark.parametrize("kind", ["paragraph", "line", "file"])
+def test_what_is_not_text_is_named_with_its_line_and_offset(
+    tmp_path, monkeypatch, content, offset, what, piece, kind
 ):
-    monkeypatch.setattr(documents, "_BLOCK", block)
+    monkeypatch.setattr(documents, "PIECE", piece)
     path = tmp_path / "picture.png"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"picture\.png is not UTF-8.* at byte {offset} .*{what}"):
-        text_digest(path)
+    path.write_bytes(b"one\ntwo\r\n" + content)
+    with pytest.raises(
+        UserError, match=rf"picture\.png, line 3: at byte {offset} of the line it has {what}"
+    ):
+        whole(path, kind)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 1 << 22])
-def test_text_across_blocks_is_text(tmp_path, monkeypatch, block):
+@pytest.mark.parametrize("piece", [4, 1 << 20])
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("paragraph", ["one\nthree", "five"]),
+        ("line", ["one", "three", "five"]),
+        ("file", ["one\nthree\n\nfive"]),
+    ],
+)
+def test_broken_lines_are_left_out_and_counted(tmp_path, monkeypatch, kind, expected, piece):
+    monkeypatch.setattr(documents, "PIECE", piece)
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\nt\xffo\nthree\n\n\0\nfive")
+    faults = Faults(skip=True)
+    found = "".join(
+        text + "|" * ends for text, ends, _ in Corpus((path,), kind).pieces(faults)
+    ).split("|")[:-1]
+    assert [document.rstrip("\n") for document in found] == expected
+    assert faults.found[path].broken == 2
+    assert faults.found[path].first[1] == "line 5: at byte 0 of the line it has a NUL byte"
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 22])
+def test_the_digest_is_of_the_bytes(tmp_path, monkeypatch, block):
     path = tmp_path / "text.txt"
     path.write_text("aé€\U0001f642 " * 5, encoding="utf-8")
-    expected = text_digest(path)
     monkeypatch.setattr(documents, "_BLOCK", block)
-    assert text_digest(path) == expected
+    assert file_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_pipes_and_dangling_links_are_refused(tmp_path):
@@ -138,10 +165,10 @@ def test_what_may_not_be_read_is_named(tmp_path, locked):
     # In a process of its own, which gives up root's right to read everything.
     code = (
         "import os, sys\n"
-        "from horovod_lm.data.documents import find_files, text_digest\n"
+        "from horovod_lm.data.documents import file_digest, find_files\n"
         "from horovod_lm.errors import UserError\n"
         "os.geteuid() or os.seteuid(65534)\n"
-        "try:\n    [text_digest(path) for path in find_files([sys.argv[1]])]\n"
+        "try:\n    [file_digest(path) for path in find_files([sys.argv[1]])]\n"
         "except UserError as error:\n    print(error)"
     )
     # The temporary folders of pytest are closed to others.

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from horovod_lm.config import make_config
+from horovod_lm.data import prepare as module
+from horovod_lm.data import progress
 from horovod_lm.data.cache import cache_folder
 from horovod_lm.data.prepare import prepare, unigram_entropy
-from horovod_lm.data.tokenizer import END_OF_TEXT
+from horovod_lm.data.tokenizer import END_OF_TEXT, Tokenizer
 from horovod_lm.errors import RunFailed, UserError
 
 WORDS = ["the", "cat", "and", "a", "dog", "sat", "on", "one", "mat", "or", "went", "to", "see"]
@@ -102,12 +106,13 @@ def test_the_manifest_has_the_digests_of_everything(text):
     prepared = prepare(config(text))
     manifest = json.loads((prepared.folder / "manifest.json").read_text())
     assert manifest == prepared.manifest
-    assert manifest["corpus"] == [
+    assert manifest["sources"][0]["corpus"] == [
         {"file": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
     ]
     entries = [manifest["tokenizer"]]
     for split in ("train", "validation"):
-        entries += [*manifest[split]["shards"], manifest[split]["index"]]
+        stream = manifest["sources"][0][split]["text"]
+        entries += [*stream["shards"], stream["index"]]
     for entry in entries:
         data = (prepared.folder / entry["file"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
@@ -204,8 +209,8 @@ def refused(cache, *arguments, **settings):
         (b"\n \n\t\n", {}, "is empty"),
         (b"one paragraph\nof two lines", {}, "one document only"),
         (b"one\n\ntwo", {"documents": "file"}, "one document only"),
-        (b"one\n\nt\xffo", {}, "at byte 6 it has byte 0xff"),
-        (b"\x89PNG\r\n\0", {}, "at byte 0 it has byte 0x89"),
+        (b"one\n\nt\xffo", {}, "line 3: at byte 1 of the line it has byte 0xff"),
+        (b"\x89PNG\r\n\0", {}, "line 1: at byte 0 of the line it has byte 0x89"),
     ],
 )
 def test_a_corpus_of_no_use_is_refused(tmp_path, cache, content, settings, message):
@@ -232,15 +237,18 @@ def test_a_file_that_changes_meanwhile_is_refused(text, cache):
     assert leftovers(cache) == []
 
 
-def test_an_interrupt_leaves_nothing_half(text, cache):
+def test_after_an_interrupt_it_goes_on(text, cache):
     def log(line):
         if line.startswith("tokenising"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(config(text), log)
-    assert leftovers(cache) == []
-    prepare(config(text), lambda line: None)
+    lines = []
+    prepare(config(text), lines.append)
+    assert [line for line in lines if "going on with" in line]
+    assert not [line for line in lines if line.startswith("training")]  # the tokenizer is there
+    assert not list(cache.glob("*.partial"))
 
 
 CODE = """
@@ -354,3 +362,274 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert large - small > 5e6
     # All at once would take more than 40 bytes for each byte of text.
     assert high - low < 12 * (large - small)
+
+
+def test_the_data_of_default_settings_stays_the_same(text):
+    # Checkpoints name it: a run goes on only with equal data.
+    assert hashlib.sha256(text.read_bytes()).hexdigest().startswith("c1ceb7a57c487d88")
+    manifest = prepare(config(text)).manifest
+    assert manifest["digest"].startswith("c562d70415bf436d")
+    assert manifest["tokenizer"]["sha256"].startswith("36e6c055fb2ac30a")
+
+
+def small_batches(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 500)
+    monkeypatch.setattr(module, "_SAVE_SECONDS", 0.0)
+
+
+def test_the_same_bytes_for_any_number_of_workers(text, cache, monkeypatch):
+    small_batches(monkeypatch)
+    manifests = []
+    for workers in (1, 2, 3):
+        lines = []
+        manifests.append(prepare(config(text, workers=workers), lines.append).manifest)
+        processes = f" in {workers} processes" if workers > 1 else ""
+        assert f"tokenising 100 documents{processes}" in lines
+        subprocess.run(["rm", "-r", str(cache)], check=True)
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+KILLED = """
+import os, signal, sys
+import psutil
+from horovod_lm.config import make_config
+from horovod_lm.data import prepare as module
+module._BATCH, module._SAVE_SECONDS = 500, 0.0
+save, left = module._Making._save, [int(sys.argv[2])]
+def kill(self, current):
+    save(self, current)
+    left[0] -= 1
+    if not left[0]:
+        print(*(child.pid for child in psutil.Process().children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+module._Making._save = kill
+config = {"model": {"context": 16}, "data": eval(sys.argv[1])}
+module.prepare(make_config(config, "test"), lambda line: None)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("through", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_after_a_kill_it_goes_on_and_the_same_comes_out(text, cache, monkeypatch, workers, through):
+    small_batches(monkeypatch)
+    settings = config(text, workers=workers)
+    save, saves = module._Making._save, []
+    monkeypatch.setattr(
+        module._Making, "_save", lambda self, current: saves.append(save(self, current))
+    )
+    expected = prepare(settings, lambda line: None).manifest
+    number = max(1, round(through * len(saves)))
+    for path in cache.iterdir():
+        if path.is_dir() and path.name != "known":
+            subprocess.run(["rm", "-r", str(path)], check=True)
+    data = {"text": [str(text)], "vocabulary": 400, "workers": workers}
+    command = [sys.executable, "-c", KILLED, repr(data), str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    tokenised, lines = [], []
+    encode = Tokenizer.encode_batch
+
+    def count(self, batch):
+        tokenised.extend(batch)
+        return encode(self, batch)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", count)
+    prepared = prepare(settings, lines.append)
+    assert "going on with what was left unfinished" in lines[0]
+    assert prepared.manifest == expected
+    assert {path.name for path in prepared.folder.iterdir()} == {
+        "manifest.json", "tokenizer.json", "train-00000.tokens", "train.documents",
+        "validation-00000.tokens", "validation.documents",
+    }  # fmt: skip
+    # Each time there were at least three documents.
+    assert len(tokenised) <= 100 - 3 * (number - 2)
+    ended_soon(map(int, done.stdout.split()))
+
+
+def ended_soon(pids):
+    for pid in pids:
+        for _ in range(100):
+            if not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie":
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"process {pid} goes on without the one that started it")
+
+
+def test_unfinished_data_that_is_damaged_is_made_anew(text, cache, monkeypatch):
+    small_batches(monkeypatch)
+    expected = prepare(config(text), lambda line: None).manifest
+    subprocess.run(["rm", "-r", str(cache)], check=True)
+    data = {"text": [str(text)], "vocabulary": 400}
+    command = [sys.executable, "-c", KILLED, repr(data), "15"]
+    subprocess.run(command, capture_output=True, check=False, timeout=60)
+    (shard,) = cache.glob("*.partial/train-00000.tokens")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:20] + b"x" + content[21:])
+    lines = []
+    assert prepare(config(text), lines.append).manifest == expected
+    assert not [line for line in lines if "going on" in line]
+
+
+def test_a_worker_that_dies_is_told_and_what_is_done_is_kept(text, cache, monkeypatch):
+    small_batches(monkeypatch)
+    expected = prepare(config(text), lambda line: None).manifest
+    subprocess.run(["rm", "-r", str(cache)], check=True)
+
+    save, count = module._Making._save, [0]
+
+    def kill_a_worker(self, current):
+        save(self, current)
+        count[0] += 1
+        if count[0] == 10:
+            psutil.Process().children()[0].kill()
+
+    monkeypatch.setattr(module._Making, "_save", kill_a_worker)
+    with pytest.raises(RunFailed, match=r"tokenises was ended by signal 9; what is done is kept"):
+        prepare(config(text, workers=2), lambda line: None)
+    assert not psutil.Process().children()
+    lines = []
+    assert prepare(config(text, workers=2), lines.append).manifest == expected
+    assert "going on with what was left unfinished" in lines[0]
+
+
+def test_several_sources(text, tmp_path):
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i} of another corpus"}) + "\n" for i in range(40))
+    )
+    prepared = prepare(
+        make_config(
+            {
+                "model": {"context": 8},
+                "data": {
+                    "vocabulary": 400,
+                    "sources": [
+                        {"name": "book", "text": [str(text)], "weight": 3.0},
+                        {"name": "lines", "text": [str(tmp_path / "more.jsonl")]},
+                    ],
+                },
+            },
+            "test",
+        )
+    )
+    assert list(prepared.sources) == ["book", "lines"]
+    book, lines = prepared.sources.values()
+    assert (book.weight, lines.weight) == (3.0, 1.0)
+    assert prepared.train is book.train["text"] and prepared.validation is book.validation["text"]
+    assert documents(prepared, book.train["text"]) + documents(
+        prepared, book.validation["text"]
+    ) == text.read_text().strip().split("\n\n")
+    assert documents(prepared, lines.validation["text"]) == [
+        f"line {i} of another corpus" for i in (38, 39)
+    ]
+
+
+def test_parallel_text_is_two_streams_with_equal_numbers(tmp_path):
+    english = [f"This is line {i} ." for i in range(60)]
+    german = [f"Das ist Zeile {i} ." for i in range(60)]
+    german[7] = " "
+    (tmp_path / "train.en").write_text("\n".join(english))
+    (tmp_path / "train.de").write_text("\n".join(german) + "\n")
+    lines = []
+    settings = config(tmp_path / "train.en", target=[str(tmp_path / "train.de")])
+    prepared = prepare(settings, lines.append)
+    source = prepared.sources["corpus"]
+    assert list(source.train) == ["source", "target"] == list(source.validation)
+    assert documents(prepared, source.train["source"]) == [*english[:7], *english[8:57]]
+    assert documents(prepared, source.train["target"]) == [*german[:7], *german[8:57]]
+    assert documents(prepared, source.validation["target"]) == german[57:]
+    assert [line for line in lines if "1 empty document(s); first line 8: empty" in line]
+    assert prepared.manifest["sources"][0]["left_out"][str(tmp_path / "train.de")]["empty"] == 1
+    entropies = prepared.manifest["sources"][0]["unigram_entropy"]
+    assert prepared.unigram_entropy == entropies["target"]
+
+
+def test_broken_lines_stop_or_are_skipped_as_chosen(tmp_path):
+    path = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": f"a document with the number {i}"}) for i in range(50)]
+    rows[3], rows[20] = '{"text": "cut', '{"title": "no text"}'
+    path.write_text("\n".join(rows))
+    with pytest.raises(UserError) as caught:
+        prepare(config(path), lambda line: None)
+    assert str(caught.value).startswith(f"{path}, line 4: it is not JSON (")
+    assert 'set data.on_error = "skip"' in str(caught.value)
+    lines = []
+    prepared = prepare(config(path, on_error="skip", context=8), lines.append)
+    assert prepared.manifest["sources"][0]["documents"] == 48
+    assert prepared.manifest["sources"][0]["left_out"][str(path)]["broken"] == 2
+    (said,) = [line for line in lines if "left out" in line]
+    assert "left out 2 broken place(s)" in said and "line 4: " in said and "line 21: " in said
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "characters"])
+def test_every_kind_of_tokenizer(text, kind):
+    prepared = prepare(config(text, tokenizer=kind, normalise=["nfkc", "lowercase"], sentinels=3))
+    entry = prepared.manifest["tokenizer"]
+    assert entry["kind"] == kind and entry["sentinels"] == 3
+    steps = [step["type"] for step in entry["normaliser"]["normalizers"]]
+    assert steps[:2] == ["NFKC", "Lowercase"]
+    ids = prepared.train.read(0, len(prepared.train))
+    assert (ids == prepared.tokenizer.end).sum() == len(prepared.train.documents)
+    first = prepared.tokenizer.decode(ids[: int(prepared.train.documents[1]) - 1])
+    assert first.replace(" ", "").startswith("number0:")
+
+
+def test_a_tokenizer_of_ones_own(text, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    Tokenizer.train([text.read_text()], 300, special=["mask"]).save(path)
+    content = path.read_bytes() + b"\n"
+    path.write_bytes(content)
+    prepared = prepare(config(text, tokenizer=str(path)))
+    assert (prepared.folder / "tokenizer.json").read_bytes() == content
+    assert prepared.manifest["tokenizer"]["kind"] == "loaded"
+    with pytest.raises(UserError, match=r"do not fit into data\.vocabulary = 257; set data\.voc"):
+        prepare(config(text, tokenizer=str(path), vocabulary=257))
+    with pytest.raises(UserError, match=r"missing\.json does not exist; give the path of a"):
+        prepare(config(text, tokenizer=str(tmp_path / "missing.json")))
+    with pytest.raises(UserError, match=r"text\.txt can't be read .*give a tokenizer\.json of"):
+        prepare(config(text, tokenizer=str(text)))
+    first = prepared.folder
+    path.write_bytes(content + b"\n")
+    assert prepare(config(text, tokenizer=str(path))).folder != first
+
+
+def test_a_tokenizer_learns_from_evenly_chosen_documents_of_a_large_corpus(text, monkeypatch):
+    monkeypatch.setattr(module, "_LEARNT", 5000)
+    prepared = prepare(config(text))
+    assert prepared.manifest["tokenizer"]["every"] == 3
+    chosen = text.read_text().split("\n\n")[:95:3]
+    Tokenizer.train(chosen, 400).save(text.with_name("expected.json"))
+    expected = text.with_name("expected.json").read_bytes()
+    assert (prepared.folder / "tokenizer.json").read_bytes() == expected
+
+
+def test_a_bar_on_a_terminal(text, cache):
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, str(text), ""],
+        stdout=theirs,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                block = os.read(ours, 65536)
+            except OSError:  # the terminal's other side is closed
+                break
+            if not block:
+                break
+            shown += block
+        assert process.wait() == 0
+    os.close(ours)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "━" in shown and "100/100 documents" in shown
+    assert "training a tokenizer of 400 ids on 95 documents" in shown
+
+
+def test_plain_lines_in_a_log(text, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    prepare(config(text))
+    shown = capsys.readouterr().out
+    assert "━" not in shown
+    assert "\ntokenising: 64 of 100 documents\n" in shown

@@ -1,4 +1,5 @@
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ PIECES = [
 
 
 def test_a_stream_over_several_shards_reads_back(tmp_path):
-    writer, entry = write(tmp_path, PIECES)
+    _, entry = write(tmp_path, PIECES)
     tokens = Tokens(tmp_path, entry)
     assert len(tokens) == entry["tokens"] == 21
     assert [shard["count"] for shard in entry["shards"]] == [7, 7, 7]
@@ -32,7 +33,8 @@ def test_a_stream_over_several_shards_reads_back(tmp_path):
             assert read.dtype == np.int32
             assert read.tolist() == list(range(start, start + count))
     assert tokens.documents.tolist() == [0, 3, 20]
-    assert writer.counts.sum() == 21 and writer.counts[20] == 1
+    counts = tokens.counts(1000)
+    assert counts.sum() == 21 and counts[20] == 1 and counts[21:].sum() == 0
 
 
 def test_shards_do_not_depend_on_how_the_pieces_came(tmp_path):
@@ -77,3 +79,34 @@ def test_a_file_that_is_cut_or_missing_is_found(tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match="should have 14 bytes, and has -1"):
         Tokens(tmp_path, entry)
+
+
+@pytest.mark.parametrize("cut", range(len(PIECES)))
+def test_a_writer_goes_on_where_another_was(tmp_path, cut):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    _, entry = write(whole, PIECES)
+    with TokenWriter(tmp_path, "train", 1000, 7) as writer:
+        writer.write(PIECES[:cut])
+        state = json.loads(json.dumps(writer.save()))
+        # What came after the state was saved counts for nothing.
+        writer.write(PIECES[cut:] + PIECES)
+    with TokenWriter(tmp_path, "train", 1000, 7, state) as writer:
+        writer.write(PIECES[cut:])
+    assert writer.finish() == entry
+    for file in [*entry["shards"], entry["index"]]:
+        data = (tmp_path / file["file"]).read_bytes()
+        assert data == (whole / file["file"]).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train-00000.tokens", "train-00002.tokens", "train.documents"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_writer_does_not_go_on_with_damage(tmp_path, name, cut):
+    with TokenWriter(tmp_path, "train", 1000, 7) as writer:
+        writer.write(PIECES[:3])
+        state = writer.save()
+    path = tmp_path / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if cut else bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(ValueError, match="is not as it was left"):
+        TokenWriter(tmp_path, "train", 1000, 7, state)

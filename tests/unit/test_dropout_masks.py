@@ -28,7 +28,9 @@ LEVEL = 1e-3
 def drawn_words(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Row words (keys, sites, B, L) and column words (keys, sites, columns) of the residual stream
     or of attention, where each head of each layer counts as a site."""
-    drawn = [dropout_words(SPEC, *key, np.arange(BATCH), LENGTH) for key in KEYS]
+    drawn = [
+        dropout_words(SPEC, *key, np.arange(BATCH), {"decoder": LENGTH})["decoder"] for key in KEYS
+    ]
     rows = np.stack([getattr(d, f"{kind}_rows") for d in drawn])
     columns = np.stack([getattr(d, f"{kind}_columns") for d in drawn])
     if kind == "attention":

@@ -21,7 +21,7 @@ from horovod_lm.hooks import (
     WeightSketches,
 )
 from horovod_lm.loop import train_steps
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.sketch import distance, sketch
 from tests.helpers import on_ranks
 from tests.numpy_backend import TABLE
@@ -30,9 +30,7 @@ from tests.unit.test_loop import CONTEXT, VOCABULARY, Stream, make_run
 
 def validation(communicator, rows=4):
     return validation_batches(
-        Stream(101),
-        CausalLM(),
-        context=CONTEXT,
+        causal_windows(Stream(101), CONTEXT, 1, seed=1),
         rows=rows,
         windows=0,
         rank=communicator.rank,
@@ -119,7 +117,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(ranks):
 
     def hooks(run):
         sinks = [rows.append] if run.communicator.rank == 0 else []
-        evaluation = Evaluation(5, partial(validation, run.communicator), sinks)
+        evaluation = Evaluation(5, partial(validation, run.communicator), ["lm"], sinks)
         run.evaluation = evaluation
         return [evaluation]
 
@@ -142,7 +140,7 @@ def test_an_evaluation_that_fails_on_one_rank_ends_all():
                 raise OSError(5, "Input/output error", "validation")
             return validation(run.communicator)
 
-        return [Evaluation(4, batches, [])]
+        return [Evaluation(4, batches, ["lm"], [])]
 
     errors = trained(hooks, ranks=2)
     assert [str(error) for error in errors] == ["rank 1: validation: input/output error"] * 2
@@ -152,7 +150,7 @@ def test_a_stopped_run_saves_and_does_not_evaluate(tmp_path):
     def hooks(run):
         run.signal = 1
         run.hooks = [
-            Evaluation(1, partial(validation, run.communicator), []),
+            Evaluation(1, partial(validation, run.communicator), ["lm"], []),
             Checkpoint(0, tmp_path, {}, start=0),
         ]
         return run.hooks

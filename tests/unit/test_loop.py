@@ -15,7 +15,7 @@ from horovod_lm.data.batches import Batches
 from horovod_lm.errors import CollectiveFailed, RunFailed
 from horovod_lm.loop import PARTS, Clock, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
-from horovod_lm.objectives.causal_lm import CausalLM
+from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.train import listening
 from tests.helpers import on_ranks
 from tests.numpy_backend import TABLE, NumpyEngine
@@ -52,12 +52,8 @@ def make_run(communicator, *, steps=12, micro=None, precision="fp32", scale=None
         "the test",
     )
     batches = Batches(
-        Stream(),
-        CausalLM(),
-        context=CONTEXT,
-        global_batch_size=batch,
+        causal_windows(Stream(), CONTEXT, batch, seed=1),
         micro_batch_size=micro,
-        seed=1,
         rank=communicator.rank,
         ranks=communicator.size,
     )

@@ -15,7 +15,7 @@ from horovod_lm.errors import UserError
 from horovod_lm.parity.measure import TOLERANCES, UNIT_ROUNDOFF, Squares
 from horovod_lm.parity.places import backward_order, layer, within_layer, words
 from horovod_lm.parity.result import Place, Result
-from horovod_lm.parity.run import Comparison, batch, check, moved_weights
+from horovod_lm.parity.run import Comparison, batch, check, more_inputs, moved_weights
 from horovod_lm.spec import ModelSpec
 from tests.helpers import on_ranks
 from tests.numpy_backend import TABLE, NumpyEngine
@@ -57,7 +57,37 @@ SPEC = ModelSpec(vocabulary=16, width=16, heads=1, layers=1, context=8)
             "block 1, cross-attention key",
             "block 1",
         ),
+        (
+            "decoder.0.cross_attention.dropped",
+            "block 1, cross-attention probabilities after dropout",
+            "block 1",
+        ),
+        (
+            "decoder.3.cross_attention.mixed",
+            "block 4, cross-attention, values mixed by it",
+            "block 4",
+        ),
+        (
+            "encoder.0.feed_forward.residual",
+            "encoder block 1, residual stream after feed-forward",
+            "encoder block 1",
+        ),
+        ("encoder.norm.scale", "encoder final norm scale", "encoder final norm"),
+        ("encoder.relative_bias", "encoder, relative bias", "encoder"),
+        ("pooler.kernel", "pooler kernel", "pooler"),
+        ("pooled", "pooler output", "pooler"),
+        (
+            "source_embeddings.sum",
+            "source embeddings, sum of tokens and positions",
+            "source embeddings",
+        ),
+        ("source_embeddings", "source embeddings after dropout", "source embeddings"),
+        ("source_embeddings.norm", "source embeddings, norm", "source embeddings"),
+        ("heads.lm.activation", "output layer activation", "output"),
+        ("label.logits", "head label logits", "output"),
         ("heads.lm.kernel", "output layer kernel", "output"),
+        ("heads.lm.transform.bias", "output layer transform bias", "output"),
+        ("heads.label.kernel", "head label kernel", "output"),
         ("logits", "logits", "output"),
         ("loss", "loss", "output"),
         ("norm", "global norm of the gradient", "all"),
@@ -82,6 +112,27 @@ def test_a_backward_goes_from_the_output_to_the_embeddings():
     assert order[-2:] == ["embeddings.positions", "embeddings.tokens"]
     below = order.index("decoder.1.attention_norm.scale")
     assert order[below + 1] == "decoder.0.feed_forward.down.bias"
+
+
+def test_a_backward_of_both_stacks_ends_with_the_encoder():
+    spec = ModelSpec(
+        kind="encoder-decoder", width=16, heads=2, layers=1, norm_placement="post",
+        positions="relative", head_transform=True, gated=True,
+    )  # fmt: skip
+    order = backward_order(spec)
+    assert sorted(order) == sorted(p.name for p in spec.parameters)
+    assert order[:3] == [
+        "heads.lm.norm.bias", "heads.lm.norm.scale", "heads.lm.transform.bias",
+    ]  # fmt: skip
+    blocks = list(dict.fromkeys(".".join(name.split(".")[:3]) for name in order[4:]))
+    assert blocks == [
+        *("decoder.0.feed_forward_norm", "decoder.0.feed_forward"),
+        *("decoder.0.cross_attention_norm", "decoder.0.cross_attention"),
+        *("decoder.0.attention_norm", "decoder.0.attention", "decoder.relative_bias"),
+        *("encoder.0.feed_forward_norm", "encoder.0.feed_forward"),
+        *("encoder.0.attention_norm", "encoder.0.attention", "encoder.relative_bias"),
+        *("embeddings.norm.bias", "embeddings.norm.scale", "embeddings.tokens"),
+    ]
 
 
 def test_with_post_norm_a_norm_follows_its_sublayer():
@@ -443,6 +494,7 @@ def test_the_batch_has_two_micro_batches_with_other_weights(rows):
 
     class Prepared:
         train = Stream()
+        tokenizer = None
 
     micros = batch(config, Prepared, rows)
     assert len(micros) == 2
@@ -453,6 +505,27 @@ def test_the_batch_has_two_micro_batches_with_other_weights(rows):
     assert [r for m in micros for r in m.rows.tolist()][:rows] == list(range(rows))
     again = batch(config, Prepared, rows)
     assert np.array_equal(again[1].losses[0].weights, micros[1].losses[0].weights)
+
+
+def test_a_batch_has_what_each_kind_of_model_takes():
+    tokens = np.arange(24, dtype=np.int32).reshape(3, 8)
+
+    def more(**fields):
+        found = dict(more_inputs(ModelSpec(width=16, heads=2, **fields), {"tokens": tokens}))
+        assert np.array_equal(found.pop("tokens"), tokens)
+        assert all(a.dtype == np.int32 and a.shape == (3, 8) for a in found.values())
+        return {name: array[0].tolist() for name, array in found.items()}
+
+    segments, padded = [0] * 4 + [1] * 4, [1] * 6 + [0] * 2
+    assert more() == {}
+    assert more(segments=1) == {"segments": [0] * 8}
+    assert more(kind="encoder", segments=2) == {"blocks": padded, "segments": segments}
+    assert more(kind="encoder-decoder") == {
+        "source": [7, 6, 5, 4, 3, 2, 1, 0],
+        "source_blocks": padded,
+    }
+    both = more(kind="encoder-decoder", segments=3)
+    assert both["source_segments"] == both["segments"] == segments
 
 
 def test_no_weight_is_where_it_started():

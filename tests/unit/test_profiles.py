@@ -108,7 +108,7 @@ def test_waiting_for_other_ranks_is_communication():
 
 def test_with_a_device_the_host_launches_and_does_not_compute():
     launch = event("aten::mm", 0, 100)
-    inside = scope("_CausalAttention", 100, 300)
+    inside = scope("_Attention", 100, 300)
     softmax = event("aten::_softmax", 120, 180)
     events = [
         launch,
@@ -142,6 +142,8 @@ def test_with_a_device_the_host_launches_and_does_not_compute():
         ("ConcatV2", None, "copies"),
         ("aten::native_layer_norm_backward", None, "norms"),
         ("aten::gelu_backward", None, "activations"),
+        ("aten::silu", None, "activations"),
+        ("Sigmoid", None, "activations"),
         ("Erf", None, "activations"),
         ("aten::add", None, "activations"),
         ("aten::_fused_adamw_", None, "optimizer"),
@@ -166,6 +168,9 @@ def test_the_kind_of_an_operation(name, inside, kind):
         ("transformer_1/decoder.0_1/attention_1", "Softmax", "attention"),
         ("transformer_1/decoder.0_1/attention_1/dropout", "Mul", "attention"),
         ("transformer_1/decoder.3_1/attention_norm_1", "Mean", "norms"),
+        ("transformer_1/decoder_1/3_1/cross_attention_norm_1", "Mean", "norms"),
+        ("transformer_1/decoder_1/3_1/cross_attention_1", "Softmax", "attention"),
+        ("transformer_1/decoder_1/3_1/feed_forward_1/gate_1", "BiasAdd", "matrix products"),
         ("transformer_1/decoder.3_1/dropout_1", "Mul", "dropout"),
         ("transformer_1/decoder.3_1", "AddV2", "activations"),
         ("transformer_1/embeddings_1", "AddV2", "embedding"),
@@ -347,6 +352,22 @@ def test_bytes_by_hand():
         "dropout": 3 * 2 * (2 * 8 * 4 + 8),
     }
     assert "dropout" not in bytes_per_token(spec.model_copy(update={"dropout": 0.0}), 4)
+    both = spec.model_copy(
+        update={"kind": "encoder-decoder", "encoder_layers": 2, "gated": True, "segments": 2}
+    )
+    branches = 2 * 2 + 3
+    assert bytes_per_token(both, 4) == {
+        "norms": (branches + 2) * (2 + 3) * 8 * 4,
+        "activations": 3 * (3 + 5) * 16 * 4 + branches * (3 + 3) * 8 * 4,
+        "embedding": 2 * (4 + 3 + 2 * 3) * 8 * 4,
+        "dropout": (branches + 2) * 2 * (2 * 8 * 4 + 8),
+    }
+    bert = spec.model_copy(
+        update={"norm_placement": "post", "positions": "rotary", "head_transform": True}
+    )
+    assert bytes_per_token(bert, 2)["norms"] == 4 * (2 + 3) * 8 * 4
+    assert bytes_per_token(bert, 2)["activations"] == (2 + 3) * (16 + 8) * 2 + 2 * 6 * 8 * 4
+    assert bytes_per_token(bert, 4)["embedding"] == (2 + 1 + 2) * 8 * 4
     assert optimizer_bytes(spec, "adamw") == 4 * spec.size * (1 + 1 + 2 + 2 * 2)
     assert optimizer_bytes(spec, "sgd") == 4 * spec.size * (1 + 1 + 2 + 2 * 1)
 

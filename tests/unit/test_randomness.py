@@ -26,6 +26,7 @@ from horovod_lm.spec import ModelSpec
 SPEC = ModelSpec(
     vocabulary=300, context=64, width=128, layers=2, heads=4, dropout=0.1, attention_dropout=0.25
 )
+BOTH = ModelSpec(**{**SPEC.model_dump(), "kind": "encoder-decoder", "encoder_layers": 3})
 
 
 def sha256(array: np.ndarray) -> str:
@@ -61,8 +62,22 @@ def test_golden_weights(seed, name, shape, std, digest):
 
 
 def test_golden_dropout_words():
-    drawn = dropout_words(SPEC, seed=1, step=7, rows=np.array([0, 5, 2**31]), length=16)
-    assert {name: sha256(array) for name, array in vars(drawn).items()} == GOLDEN_WORDS
+    drawn = decoder_words(SPEC, np.array([0, 5, 2**31]))
+    assert {name: sha256(array) for name, array in arrays_of(drawn).items()} == GOLDEN_WORDS
+    both = dropout_words(BOTH, 1, 7, np.array([0, 5, 2**31]), {"encoder": 12, "decoder": 16})
+    assert {
+        f"{stack} {name}": sha256(array)[:16]
+        for stack, found in both.items()
+        for name, array in arrays_of(found).items()
+    } == GOLDEN_WORDS_OF_BOTH
+
+
+def decoder_words(spec, rows, length=16) -> DropoutWords:
+    return dropout_words(spec, 1, 7, rows, {"decoder": length})["decoder"]
+
+
+def arrays_of(drawn: DropoutWords) -> dict[str, np.ndarray]:
+    return {name: array for name, array in vars(drawn).items() if array is not None}
 
 
 GOLDEN_WORDS = {
@@ -70,6 +85,20 @@ GOLDEN_WORDS = {
     "residual_columns": "7857f29447f629744287cc10d6bc54df28d5dae9eeddafba8e736f2c8865c3a1",
     "attention_rows": "4aaf237c1b08ebf1b48ec66cc8a0b1d2e34834828ac726bca1cc192e2b289816",
     "attention_columns": "dffbb591bb4571dc4cfe6ed52ac573a68d3ab4e2e4fb2bd281cda576f09a271c",
+}
+
+
+GOLDEN_WORDS_OF_BOTH = {
+    "encoder residual_rows": "172d350cdb5bd960",
+    "encoder residual_columns": "2a32bdcb48461ea1",
+    "encoder attention_rows": "f264eb75277b4d75",
+    "encoder attention_columns": "6bede8725c07ca3d",
+    "decoder residual_rows": "9e4d6693c6114d31",
+    "decoder residual_columns": "559d7db01fed310c",
+    "decoder attention_rows": "9d20458c9a5e9d64",
+    "decoder attention_columns": "c18e935ea87aa89c",
+    "decoder cross_rows": "d5e4dcd519f0d626",
+    "decoder cross_columns": "328ee1dbe9c60e1f",
 }
 
 
@@ -159,8 +188,8 @@ def test_initial_weights_follow_the_table():
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 5], [3]])
 def test_masks_do_not_depend_on_how_the_batch_is_cut(cuts):
     rows = np.arange(8)
-    whole = dropout_words(SPEC, 1, 7, rows, 16)
-    parts = [dropout_words(SPEC, 1, 7, part, 16) for part in np.split(rows, cuts)]
+    whole = decoder_words(SPEC, rows)
+    parts = [decoder_words(SPEC, part) for part in np.split(rows, cuts)]
     for name in ("residual_rows", "attention_rows"):
         joined = np.concatenate([getattr(part, name) for part in parts], axis=1)
         assert np.array_equal(joined, getattr(whole, name))
@@ -170,29 +199,62 @@ def test_masks_do_not_depend_on_how_the_batch_is_cut(cuts):
 
 
 def test_masks_do_not_depend_on_the_length():
-    long, short = (dropout_words(SPEC, 1, 7, np.arange(4), length) for length in (32, 20))
+    long, short = (decoder_words(SPEC, np.arange(4), length) for length in (32, 20))
     assert np.array_equal(long.residual_rows[:, :, :20], short.residual_rows)
     assert np.array_equal(long.attention_rows[..., :20], short.attention_rows)
     assert np.array_equal(long.attention_columns[:, :20], short.attention_columns)
 
 
 def test_shapes_and_absent_rates():
-    drawn = dropout_words(SPEC, 1, 7, np.arange(3), 16)
-    assert {name: (array.shape, array.dtype) for name, array in vars(drawn).items()} == {
+    drawn = decoder_words(SPEC, np.arange(3))
+    assert {name: (array.shape, array.dtype) for name, array in arrays_of(drawn).items()} == {
         "residual_rows": ((5, 3, 16), np.int32),
         "residual_columns": ((5, 128), np.int32),
         "attention_rows": ((2, 3, 4, 16), np.int32),
         "attention_columns": ((2, 16), np.int32),
     }
 
-    def without(**rates) -> DropoutWords | None:
-        spec = ModelSpec(**{**SPEC.model_dump(), **rates})
-        return dropout_words(spec, 1, 7, np.arange(3), 16)
+    def without(**rates) -> DropoutWords:
+        return decoder_words(ModelSpec(**{**SPEC.model_dump(), **rates}), np.arange(3))
 
-    assert without(dropout=0.0, attention_dropout=0.0) is None
+    neither = SPEC.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
+    assert dropout_words(neither, 1, 7, np.arange(3), {"decoder": 16}) == {}
     assert without(dropout=0.0).residual_rows is None
     assert without(attention_dropout=0.0).attention_rows is None
     assert np.array_equal(without(dropout=0.0).attention_rows, drawn.attention_rows)
+
+
+def test_both_stacks_of_an_encoder_decoder_have_words_of_their_own():
+    drawn = dropout_words(BOTH, 1, 7, np.arange(3), {"encoder": 12, "decoder": 16})
+    assert {
+        stack: {name: array.shape for name, array in arrays_of(found).items()}
+        for stack, found in drawn.items()
+    } == {
+        "encoder": {
+            "residual_rows": (7, 3, 12),
+            "residual_columns": (7, 128),
+            "attention_rows": (3, 3, 4, 12),
+            "attention_columns": (3, 12),
+        },
+        "decoder": {
+            "residual_rows": (7, 3, 16),  # a third branch in each of two layers
+            "residual_columns": (7, 128),
+            "attention_rows": (2, 3, 4, 16),
+            "attention_columns": (2, 16),
+            "cross_rows": (2, 3, 4, 16),
+            "cross_columns": (2, 12),
+        },
+    }
+    every = [a.ravel() for found in drawn.values() for a in arrays_of(found).values()]
+    every = np.concatenate(every)
+    assert len(np.unique(every)) > 0.999 * every.size
+
+
+def test_a_single_stack_has_the_same_words_whatever_it_is_called():
+    encoder = ModelSpec(**{**SPEC.model_dump(), "kind": "encoder"})
+    drawn = dropout_words(encoder, 1, 7, np.arange(3), {"encoder": 16})["encoder"]
+    for name, array in arrays_of(decoder_words(SPEC, np.arange(3))).items():
+        assert np.array_equal(getattr(drawn, name), array), name
 
 
 def test_words_of_other_keys_differ():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from horovod_lm.presets import preset
 from horovod_lm.randomness import initial_weights
 from horovod_lm.sketch import ERROR, SIZE, distance, layer_of, sketch
 from horovod_lm.spec import ModelSpec
@@ -17,6 +18,10 @@ def test_layers_are_those_of_the_parameter_table():
     assert layers == ["embeddings", "decoder.0", "decoder.1", "decoder.norm"]
     untied = ModelSpec(**{**SPEC.model_dump(), "tied": False})
     assert layer_of(untied.parameters[-1].name) == "heads"
+    bert = preset("bert-tiny").spec
+    assert list(dict.fromkeys(layer_of(p.name) for p in bert.parameters)) == [
+        "embeddings", "encoder.0", "encoder.1", "pooler", "heads",
+    ]  # fmt: skip
 
 
 def test_the_estimate_is_within_its_stated_error():

@@ -1,0 +1,1 @@
+"""Models of transformers to runs and back; docs/convert.md says what is kept and how."""

@@ -1,0 +1,268 @@
+"""From a model's folder to a run's, which `evaluate`, `generate` and `train` take, and back.
+
+A run that was imported has `imported/`: the companions of the weights as they were, `layout.json`
+(the headers of the weight files) and `extra.safetensors` (tensors that the spec has no place for).
+With them the folder is written again byte by byte, but for the weights that were trained since.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from horovod_lm import checkpoint
+from horovod_lm.backend import EngineState, load_backend
+from horovod_lm.config import Config, Data, load_config, make_config
+from horovod_lm.convert import folder as files
+from horovod_lm.convert import hf, tensors
+from horovod_lm.convert.family import Family
+from horovod_lm.convert.tensors import Tensor
+from horovod_lm.convert.tools import ConvertTools
+from horovod_lm.errors import UserError
+from horovod_lm.run_folder import IMPORTED, RunRecord, claim
+
+LAYOUT, EXTRA = "layout.json", "extra.safetensors"
+Log = Callable[[str], None]
+
+
+class _Layout(BaseModel):
+    """What `layout.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    schema_version: Literal[1] = 1
+    family: str
+    headers: dict[str, str]
+    companions: list[str]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a run keeps of the model that it was imported from."""
+
+    family: Family
+    headers: dict[str, str]
+    extra: dict[str, Tensor]
+    companions: dict[str, bytes]
+
+    @property
+    def decoder_start(self) -> int | None:
+        """The token with which a decoder begins, where the config names one."""
+        config = json.loads(self.companions[files.CONFIG])
+        start = config.get("decoder_start_token_id", config.get("pad_token_id"))
+        return start if type(start) is int else None
+
+
+def tools(backend: str) -> ConvertTools:
+    """A backend's part in conversion. Raises `UserError` where it has none."""
+    loaded: Any = load_backend(backend)
+    if not hasattr(loaded, "convert"):
+        raise UserError(f"backend {backend} has no part in conversion; use torch or tensorflow")
+    return loaded.convert()
+
+
+def import_run(
+    source: Path, run: Path, *, legacy: bool = False, keep_extra: bool = False, log: Log = print
+) -> Config:
+    """Make the run `run` of the model in `source`; returns its config. All is read and checked
+    before anything is written."""
+    claim_new(run)
+    model = hf.read_model(source, tools("torch").legacy_weights if legacy else None, keep_extra)
+    own = run.resolve() / IMPORTED
+    data: dict[str, Any] = {"vocabulary": model.spec.vocabulary}
+    if files.TOKENIZER in model.companions and "tokenizer" in Data.model_fields:
+        data["tokenizer"] = str(own / files.TOKENIZER)
+    fields = model.spec.model_dump(mode="json", exclude={"vocabulary"}, exclude_none=True)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", run.resolve().name)[:80] or "imported"
+    config = make_config({"name": name, "model": fields, "data": data}, str(source))
+    claim(run, resume=False)
+    try:
+        _write_run(run, config, model, source)
+    except BaseException:
+        shutil.rmtree(run)
+        raise
+    log(f"{model.family}: {model.spec.size:,} parameters, {len(model.weights)} tensors")
+    if model.extra:
+        log(f"kept beside them, unused: {', '.join(sorted(model.extra))}")
+    return config
+
+
+def claim_new(target: Path) -> None:
+    """Raise `UserError` unless there is nothing at `target`, or an empty folder."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target} is there already; give another path")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; give another folder")
+
+
+def _write_run(run: Path, config: Config, model: hf.Model, source: Path) -> None:
+    own = run / IMPORTED
+    own.mkdir()
+    for name, content in model.companions.items():
+        (own / name).write_bytes(content)
+    layout = _Layout(
+        family=model.family, headers=model.headers, companions=sorted(model.companions)
+    )
+    (own / LAYOUT).write_text(layout.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    header = tensors.header_of({n: (t.dtype, t.shape) for n, t in model.extra.items()})
+    tensors.write(own / EXTRA, header, lambda name, _: model.extra[name].data)
+    state = checkpoint.RunState(0, 0, {}, EngineState(model.weights))
+    path = checkpoint.save(run / "checkpoints", state, config, keep=1)
+    record = RunRecord(
+        run,
+        config,
+        backend=config.launch.backend,
+        ranks=0,
+        threads=0,
+        launcher=None,
+        controller=None,
+        versions={},
+        unigram_entropy=None,
+        parameters=model.spec.size,
+        imported=str(source),
+        checkpoint=path.name,
+    )
+    (run / "metrics.jsonl").touch()
+    record.end("finished", f"imported from {source}")
+
+
+def read_imported(run: Path) -> Imported | None:
+    """What a run keeps of the model that it was imported from, if it was."""
+    own = run / IMPORTED
+    text = files.read_bytes(own, LAYOUT) if own.is_dir() else None
+    if text is None:
+        return None
+    try:
+        layout = _Layout.model_validate_json(text)
+        if layout.family not in hf.FAMILIES:
+            raise ValueError(f"the family {layout.family} is unknown")
+        for name in [*layout.headers, *layout.companions]:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no plain name")
+        for header in layout.headers.values():
+            tensors.places(header)
+    except ValidationError as error:
+        raise UserError(f"{own / LAYOUT} is damaged: {error.errors()[0]['msg']}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{own / LAYOUT} is damaged: {error}") from None
+    companions = {}
+    for name in layout.companions:
+        content = files.read_bytes(own, name)
+        if content is None:
+            raise UserError(f"{own / name} is missing")
+        companions[name] = content
+    if files.plain_file(own, EXTRA) is None:
+        raise UserError(f"{own / EXTRA} is missing")
+    extra = tensors.read(own / EXTRA).tensors
+    return Imported(hf.FAMILIES[layout.family], layout.headers, extra, companions)
+
+
+def export_run(run: Path, target: Path, log: Log = print) -> str:
+    """Write the newest checkpoint of a run as a folder of transformers; returns its family.
+
+    A run that was imported, or began with the weights of one, is written as that was, if it still
+    has its model. Others go to the family that has such a model. Raises `UserError` if none has.
+    """
+    config, weights = read_run(run)
+    spec = config.model
+    claim_new(target)
+    imported = read_imported(run)
+    if imported is not None:
+        text = imported.companions[files.CONFIG]
+        if not hf.fits(imported.family, spec, text, imported.headers):
+            log("the model is not the imported one any more: it is written anew")
+            imported = None
+    if imported is None:
+        extra: dict[str, Tensor] = {}
+        companions = _tokenizer(config, log)
+        plan = hf.plan(spec, _ends(companions, spec))
+        family, headers = plan.family, plan.headers
+        companions[files.CONFIG] = plan.config
+    else:
+        family, headers = imported.family, imported.headers
+        extra, companions = imported.extra, imported.companions
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name, content in companions.items():
+            (partial / name).write_bytes(content)
+        hf.write_weights(partial, family, spec, weights, headers, extra)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} can't be written: {(error.strerror or str(error)).lower()}"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return family.name
+
+
+def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The config of a run and the weights of its newest checkpoint."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
+    config = load_config(run / "config.toml")
+    path = checkpoint.newest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
+    checkpoint.check_model(path, config.model)
+    return config, checkpoint.load(path).engine.weights
+
+
+def _tokenizer(config: Config, log: Log) -> dict[str, bytes]:
+    """The tokenizer that a run was trained with, and how transformers is to take it."""
+    from horovod_lm.data.prepare import prepare
+
+    try:
+        prepared = prepare(config, log)
+    except UserError as error:
+        log(f"without a tokenizer: {error}")
+        return {}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    text = (prepared.folder / "tokenizer.json").read_bytes()
+    ids: dict[str, int] = dict(getattr(prepared.tokenizer, "special", {}))
+    ids = {"end": prepared.tokenizer.end} | ids
+    words = {}
+    with suppress(ValueError, KeyError, TypeError):
+        words = {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}
+    for key, name in (
+        ("eos_token", "end"), ("bos_token", "begin"), ("pad_token", "padding"),
+        ("mask_token", "mask"), ("cls_token", "classify"), ("sep_token", "separate"),
+    ):  # fmt: skip
+        if ids.get(name) in words:
+            settings[key] = words[ids[name]]
+    settings["clean_up_tokenization_spaces"] = False
+    return {
+        files.TOKENIZER: text,
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+    }
+
+
+def _ends(companions: dict[str, bytes], spec: Any) -> dict[str, Any]:
+    """The ids that a config.json names. Without a tokenizer there are none, and no default."""
+    ids: dict[str, int | None] = {"eos_token": None, "bos_token": None, "pad_token": None}
+    if files.TOKENIZER in companions:
+        settings = json.loads(companions["tokenizer_config.json"])
+        added = json.loads(companions[files.TOKENIZER]).get("added_tokens", [])
+        table = {token["content"]: token["id"] for token in added}
+        ids = {key: table.get(settings.get(key)) for key in ids}
+    if ids["bos_token"] is None:
+        ids["bos_token"] = ids["eos_token"]
+    more: dict[str, Any] = {f"{key}_id": value for key, value in ids.items()}
+    if spec.position_offset or more["pad_token_id"] is None:
+        more.pop("pad_token_id")  # RoBERTa's is given by its positions
+    if spec.kind == "encoder-decoder":
+        pad = more.setdefault("pad_token_id", more["eos_token_id"] or 0)
+        more["decoder_start_token_id"] = pad
+    return more

@@ -1,0 +1,205 @@
+"""Every pre-training objective on real engines and ranks: both frameworks follow the same curve, on
+any number of ranks, for every way in which text fills rows, alone and several in one run.
+
+The jobs run all trainings of a backend and a number of ranks, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from tests.parity.compare import within
+from tests.ranks.jobs import BACKENDS, needs_horovod, rows, run_job, run_plan
+
+pytestmark = needs_horovod
+
+STEPS = 30
+CONFIG = f"""
+[model]
+width = 32
+layers = 1
+heads = 2
+feed_forward = 64
+context = 32
+dropout = 0.1
+attention_dropout = 0.1
+[data]
+vocabulary = 400
+special = ["padding", "mask", "classify", "separate", "begin"]
+sentinels = 20
+[train]
+steps = {STEPS}
+global_batch_size = 8
+[optimizer]
+learning_rate = 4e-3
+[schedule]
+warmup = 5
+[evaluation]
+every = 15
+windows = 16
+[checkpoint]
+every = 10
+keep = 5
+[output]
+tensorboard = false
+[launch]
+threads = 1
+"""
+
+BERT = ["model.kind=encoder", "model.segments=2", "model.pooler=true", "model.norm_placement=post"]
+T5 = [
+    "model.kind=encoder-decoder", "model.positions=relative", "model.norm=rms_norm",
+    "model.bias=false", "model.activation=relu",
+]  # fmt: skip
+TEXT = ['data.text=["text.txt"]']
+PARALLEL = ['data.text=["text.txt"]', 'data.target=["reversed.txt"]', "data.documents=line"]
+
+
+def objectives(*tables):
+    """The override of `[[objective]]` tables."""
+    inner = ", ".join(
+        "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + "}"
+        for table in tables
+    )
+    return f"objective=[{inner}]"
+
+
+MLM, NSP = {"name": "masked_lm"}, {"name": "next_sentence"}
+TRAININGS = {
+    "gpt2": [objectives({"name": "causal_lm", "z_loss": 1e-4}), "batching.kind=packed"],
+    "prefix": [objectives({"name": "prefix_lm"})],
+    "bert": [
+        *BERT, "data.tokenizer=wordpiece", "data.special=[]", "data.sentinels=0",
+        objectives({**MLM, "on": "next_sentence"}, {**NSP, "schedule": [[0, 1.0], [20, 0.2]]}),
+    ],
+    "order": [*BERT, objectives({"name": "sentence_order"}), "batching.kind=buckets"],
+    "roberta": [
+        *BERT, "model.segments=1", "batching.kind=packed",
+        objectives({**MLM, "whole_words": True, "smoothing": 0.1}),
+    ],
+    "t5": [*T5, "data.tokenizer=unigram", objectives({"name": "span_corruption"})],
+    "t5-packed": [*T5, objectives({"name": "span_corruption"}), "batching.kind=packed"],
+    "bart": [*T5, objectives({"name": "denoising"}), "batching.kind=buckets"],
+    "translation": [*T5, *PARALLEL, objectives({"name": "sequence_to_sequence"})],
+    "translation-packed": [
+        *T5, *PARALLEL, objectives({"name": "sequence_to_sequence"}), "batching.kind=packed",
+    ],
+    # Rows of two objectives in one batch, and of two corpora with weights and a temperature.
+    "mixture": [
+        'data.sources=[{name = "a", text = ["text.txt"], weight = 2.0}, '
+        '{name = "b", text = ["reversed.txt"]}]',
+        "data.temperature=2.0",
+        objectives(
+            {"name": "causal_lm", "source": ["a", "b"], "share": 2.0},
+            {"name": "prefix_lm", "source": ["b"], "weight": 0.5},
+        ),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objectives")
+    source = random.Random(1)
+    names = ["ship", "river", "house", "bridge", "garden", "winter", "letter", "market"]
+    verbs = ["stands by", "leads to", "waits for", "looks like", "comes before"]
+    lines = []
+    for _ in range(300):
+        sentences = []
+        for _ in range(source.randint(2, 7)):
+            one, other = source.sample(names, 2)
+            sentences.append(f"The {one} {source.choice(verbs)} the {other}.")
+        lines.append(" ".join(sentences))
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    backwards = (" ".join(reversed(line.split())) for line in lines)
+    (folder / "reversed.txt").write_text("\n\n".join(backwards))
+    (folder / "objectives.toml").write_text(CONFIG)
+    return folder / "objectives.toml"
+
+
+@pytest.fixture(scope="module")
+def done(config):
+    """The folder of the job of a backend on a number of ranks, run when first asked for."""
+    folders = {}
+
+    def job(backend, ranks):
+        if (backend, ranks) not in folders:
+            folder = folders[backend, ranks] = config.parent / f"{backend}-{ranks}"
+            plan = [
+                {"name": name, "set": changes if _has_text(changes) else [*TEXT, *changes]}
+                for name, changes in TRAININGS.items()
+            ]
+            for answers in run_plan(folder, config, plan, backend, ranks, limit=400.0):
+                assert [answer["error"] for answer in answers] == [None] * ranks
+        return folders[backend, ranks]
+
+    return job
+
+
+def _has_text(changes):
+    return any(change.startswith(("data.text", "data.sources")) for change in changes)
+
+
+def curves(run):
+    """By name, the loss of each step; a NaN where no row had a target."""
+    found = rows(run)
+    names = found[0]["losses"]
+    return {
+        name: np.array([row["losses"][name] for row in found], dtype=np.float64) for name in names
+    }
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_frameworks_and_numbers_of_ranks_follow_the_same_curves(training, done):
+    expected = curves(done("torch", 1) / training)
+    for backend, ranks in (("torch", 2), ("tensorflow", 2)):
+        run = done(backend, ranks) / training
+        found = curves(run)
+        assert list(found) == list(expected)
+        for name, curve in found.items():
+            assert len(curve) == STEPS
+            apart = float(np.nanmax(np.abs(curve - expected[name])))
+            within(f"{training}, {name}, {backend} on {ranks} ranks to torch on 1", apart, 2e-5)
+        for key in ("tokens", "efficiency"):
+            alone = [row[key] for row in rows(done("torch", 1) / training)]
+            assert [row[key] for row in rows(run)] == alone, key
+        assert np.isfinite(rows(run, "evaluation")[-1]["loss"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_loss_over_tokens_falls(backend, done):
+    for training in TRAININGS:
+        for name, curve in curves(done(backend, 2) / training).items():
+            if name not in ("next_sentence", "sentence_order"):
+                assert np.nanmean(curve[-5:]) < np.nanmean(curve[:5]) - 0.3, (training, name)
+
+
+def command(config, name, *arguments):
+    """What a command prints as JSON."""
+    words = [sys.executable, "-m", "horovod_lm", name, *map(str, arguments), "--json"]
+    result = run_job(config.parent / f"{name}.log", words, 0)
+    assert result.code == 0, result.text
+    return json.loads(result.lines[-1])
+
+
+@pytest.mark.parametrize("training", ["bert", "mixture", "translation"])
+def test_a_run_is_evaluated_as_it_was_in_training(training, config, done):
+    run = done("torch", 2) / training
+    recorded = rows(run, "evaluation")[-1]
+    for backend in BACKENDS:
+        found = command(config, "evaluate", run, "--backend", backend)
+        assert found["loss"] == pytest.approx(recorded["loss"], abs=1e-5)
+        assert found["losses"] == pytest.approx(recorded["losses"], abs=1e-5)
+
+
+def test_an_encoder_decoder_answers_alike_in_both_frameworks(config, done):
+    """The answer alone: what is encoded does not stand before it."""
+    prompt = "The ship leads to the river."
+    arguments = (done("tensorflow", 2) / "translation", "--prompt", prompt, "--tokens", 12)
+    torch, tensorflow = (command(config, "generate", *arguments, "--backend", b) for b in BACKENDS)
+    assert torch == tensorflow and torch["continuation"]

@@ -1,0 +1,529 @@
+"""Conversion without frameworks: names, shapes, bytes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
+
+from horovod_lm import checkpoint
+from horovod_lm.cli import group
+from horovod_lm.config import load_config
+from horovod_lm.convert import hf, tensors
+from horovod_lm.convert.run import export_run, import_run, read_imported
+from horovod_lm.convert.tensors import Tensor
+from horovod_lm.errors import UserError
+from horovod_lm.randomness import initial_weights
+from horovod_lm.spec import ModelSpec
+
+SMALL = {"vocabulary": 300, "context": 12, "width": 8, "layers": 2, "heads": 2}
+ENCODER = {
+    **SMALL, "kind": "encoder", "norm_placement": "post", "norm_epsilon": 1e-12, "key_bias": True,
+    "head_transform": True, "head_bias": True,
+}  # fmt: skip
+T5 = {
+    **SMALL, "kind": "encoder-decoder", "encoder_layers": 3, "head_size": 6, "feed_forward": 20,
+    "norm": "rms_norm", "bias": False, "activation": "relu", "positions": "relative",
+    "scale_attention": False, "scale_output": True,
+}  # fmt: skip
+NEXT = {"name": "next_sentence", "outputs": 2}
+SPECS = {
+    "bert": {**ENCODER, "segments": 2, "pooler": True, "task_heads": [NEXT]},
+    "bert untied": {**ENCODER, "segments": 2, "tied": False},
+    "bert bare": {
+        **ENCODER, "segments": 2, "pooler": True, "head_transform": False, "head_bias": False,
+    },
+    "bert tokens": {
+        **ENCODER, "segments": 2,
+        "task_heads": [{"name": "classifier", "outputs": 5, "over": "token"}],
+    },
+    "roberta": {**ENCODER, "segments": 1, "position_offset": 2, "norm_epsilon": 1e-5},
+    "roberta classifier": {
+        **ENCODER, "segments": 1, "position_offset": 2, "norm_epsilon": 1e-5, "pooler": True,
+        "head_transform": False, "head_bias": False,
+        "task_heads": [{"name": "classifier", "outputs": 3}],
+    },
+    "distilbert": ENCODER,
+    "gpt2": {**SMALL, "activation": "gelu_tanh", "key_bias": True},
+    "gpt2 without key bias": SMALL,
+    "t5": T5,
+    "t5 v1.1": {
+        **T5, "gated": True, "activation": "gelu_tanh", "tied": False, "scale_output": False,
+    },
+    "llama": {
+        **SMALL, "norm": "rms_norm", "bias": False, "activation": "silu", "gated": True,
+        "positions": "rotary", "key_value_heads": 1, "tied": False, "rotary_base": 5e5,
+    },
+    "llama biased": {
+        **SMALL, "norm": "rms_norm", "activation": "silu", "gated": True, "positions": "rotary",
+    },
+}  # fmt: skip
+
+
+def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(3)
+    return {p.name: generator.normal(size=p.shape).astype(np.float32) for p in spec.parameters}
+
+
+def write(folder, spec: ModelSpec, weights=None) -> hf.Plan:
+    """A folder as transformers would have it."""
+    plan = hf.plan(spec)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(plan.config)
+    hf.write_weights(folder, plan.family, spec, weights or weights_of(spec), plan.headers, {})
+    return plan
+
+
+def rewrite(folder, change):
+    """Change the table of tensors in model.safetensors: name -> (type, array of bytes, shape)."""
+    path = folder / "model.safetensors"
+    table = {
+        name: (t.dtype, np.array(t.data), t.shape) for name, t in tensors.read(path).tensors.items()
+    }
+    table = change(table) or table
+    header = tensors.header_of({n: (dtype, shape) for n, (dtype, _, shape) in table.items()})
+    tensors.write(path, header, lambda name, _: table[name][1])
+
+
+def content(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def bert(tmp_path):
+    write(tmp_path / "hf", ModelSpec(**SPECS["bert"]))
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_spec_is_written_and_read_again(name, tmp_path):
+    spec = ModelSpec(**SPECS[name])
+    weights = weights_of(spec)
+    plan = write(tmp_path / "hf", spec, weights)
+    assert plan.family.name == name.split()[0]
+    model = hf.read_model(tmp_path / "hf")
+    keys = [n for n in model.weights if n.endswith(".key.bias")]
+    assert set(model.weights) - set(keys) == set(weights) - set(keys)
+    for key, array in model.weights.items():
+        expected = weights.get(key, np.zeros(array.shape))
+        assert np.array_equal(array, expected), key
+        assert array.dtype == np.float32 and array.flags["C_CONTIGUOUS"]
+    assert hf.fits(plan.family, model.spec, plan.config, plan.headers)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_round_trip_gives_the_same_bytes(name, tmp_path):
+    write(tmp_path / "hf", ModelSpec(**SPECS[name]))
+    import_run(tmp_path / "hf", tmp_path / "run")
+    assert export_run(tmp_path / "run", tmp_path / "back") == name.split()[0]
+    assert content(tmp_path / "back") == content(tmp_path / "hf")
+
+
+def test_gpt2_has_queries_keys_and_values_in_one(tmp_path):
+    spec = ModelSpec(**SPECS["gpt2"])
+    weights = weights_of(spec)
+    write(tmp_path / "hf", spec, weights)
+    file = load_file(tmp_path / "hf" / "model.safetensors")
+    fused = file["transformer.h.1.attn.c_attn.weight"]
+    assert fused.shape == (8, 24)
+    assert np.array_equal(fused[:, 8:16], weights["decoder.1.attention.key.kernel"])
+    biases = [weights[f"decoder.0.attention.{part}.bias"] for part in ("query", "key", "value")]
+    assert np.array_equal(file["transformer.h.0.attn.c_attn.bias"], np.concatenate(biases))
+
+
+def test_linear_layers_of_torch_are_transposed(tmp_path):
+    spec = ModelSpec(**SPECS["llama"])
+    weights = weights_of(spec)
+    write(tmp_path / "hf", spec, weights)
+    file = load_file(tmp_path / "hf" / "model.safetensors")
+    key = file["model.layers.0.self_attn.k_proj.weight"]
+    assert key.shape == (4, 8)
+    assert np.array_equal(key.T, weights["decoder.0.attention.key.kernel"])
+    assert np.array_equal(file["lm_head.weight"].T, weights["heads.lm.kernel"])
+
+
+def test_robertas_positions_begin_behind_padding(tmp_path):
+    spec = ModelSpec(**SPECS["roberta"])
+    write(tmp_path / "hf", spec)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 14 and config["pad_token_id"] == 1
+    assert hf.read_model(tmp_path / "hf").spec.context == 12
+
+
+def test_names_of_old_files_and_of_bare_models(bert, tmp_path):
+    def old(table):
+        renamed = {}
+        for name, value in table.items():
+            name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            renamed[name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
+        return renamed
+
+    before = hf.read_model(bert).weights
+    rewrite(bert, old)
+    after = hf.read_model(bert).weights
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+    def bare(table):
+        return {
+            name.removeprefix("bert."): value
+            for name, value in table.items()
+            if name.startswith("bert.")
+        }
+
+    rewrite(bert, bare)
+    import_run(bert, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_halves_come_back_as_they_were(dtype, bert, tmp_path):
+    def halve(table):
+        for name, (_, data, shape) in table.items():
+            half = tensors.encode(data.view("<f4").reshape(shape), dtype)
+            table[name] = (dtype, half, shape)
+
+    rewrite(bert, halve)
+    import_run(bert, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_rounding_to_bf16_is_to_the_nearest_even():
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -2.7, 3e38, np.inf, -np.inf], np.float32)
+    back = Tensor("BF16", (7,), tensors.encode(values, "BF16")).fp32()
+    assert back[:3].tolist() == [1.0, 1.0, 1 + 4 * 2**-8]
+    assert abs(back[3] + 2.7) < 0.01 and back[4] == pytest.approx(3e38, rel=4e-3)
+    assert np.isposinf(back[5]) and np.isneginf(back[6])
+    assert np.isnan(Tensor("BF16", (1,), tensors.encode(np.array([np.nan]), "BF16")).fp32())
+
+
+def shard(folder, count=3):
+    """Cut model.safetensors into shards with an index."""
+    path = folder / "model.safetensors"
+    table = tensors.read(path).tensors
+    names, index = sorted(table), {}
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        own = names[number::count]
+        header = tensors.header_of({n: (table[n].dtype, table[n].shape) for n in own})
+        tensors.write(folder / file, header, lambda name, _: table[name].data)
+        index |= dict.fromkeys(own, file)
+    path.unlink()
+    total = sum(t.data.nbytes for t in table.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    return index
+
+
+def test_shards(bert, tmp_path):
+    whole = hf.read_model(bert).weights
+    shard(bert)
+    parts = hf.read_model(bert).weights
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    import_run(bert, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_what_has_no_place_is_kept(bert, tmp_path):
+    positions = np.arange(12, dtype="<i8")
+
+    def add(table):
+        name = "bert.embeddings.position_ids"
+        return {name: ("I64", positions.view(np.uint8), (1, 12)), **table}
+
+    rewrite(bert, add)
+    (bert / "vocab.txt").write_text("[PAD]\n")
+    import_run(bert, tmp_path / "run")
+    kept = read_imported(tmp_path / "run")
+    assert list(kept.extra) == ["bert.embeddings.position_ids"]
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_copies_of_tied_tensors_are_written_again(bert, tmp_path):
+    def add(table):
+        table["cls.predictions.decoder.weight"] = table["bert.embeddings.word_embeddings.weight"]
+        table["cls.predictions.decoder.bias"] = table["cls.predictions.bias"]
+
+    rewrite(bert, add)
+    import_run(bert, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_the_run_is_one(bert, tmp_path):
+    config = import_run(bert, tmp_path / "run")
+    run = tmp_path / "run"
+    assert load_config(run / "config.toml").model == config.model
+    path = checkpoint.newest(run / "checkpoints")
+    checkpoint.check_model(path, config.model)
+    checkpoint.check_same_run(path, load_config(run / "config.toml"), "digest")
+    state = checkpoint.load(path)
+    assert state.step == 0 and state.engine.moments == {}
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+
+
+def test_trained_weights_go_into_the_same_files(bert, tmp_path):
+    config = import_run(bert, tmp_path / "run")
+    weights = {n: a + 1 for n, a in hf.read_model(bert).weights.items()}
+    state = checkpoint.RunState(5, 5, {}, checkpoint.EngineState(weights))
+    checkpoint.save(tmp_path / "run" / "checkpoints", state, config, keep=2)
+    export_run(tmp_path / "run", tmp_path / "back")
+    again = hf.read_model(tmp_path / "back").weights
+    assert all(np.array_equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_run_starts_with_the_weights_of_another(bert, tmp_path):
+    config = import_run(bert, tmp_path / "run")
+    spec = config.model
+    more = ModelSpec(**{**SPECS["bert"], "task_heads": [{"name": "topic", "outputs": 7}]})
+    new = initial_weights(more, 1)
+    mixed = checkpoint.start_weights(tmp_path / "run", more, new)
+    old = hf.read_model(bert).weights
+    for name, array in mixed.items():
+        expected = new[name] if name.startswith("heads.topic.") else old[name]
+        assert np.array_equal(array, expected), name
+    wider = spec.model_copy(update={"width": 16})
+    with pytest.raises(UserError, match=r"embeddings\.tokens has shape"):
+        checkpoint.check_start(tmp_path / "run", ModelSpec(**wider.model_dump(exclude={"layers"})))
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        checkpoint.check_start(tmp_path / "nowhere", spec)
+
+
+def test_a_model_that_no_family_has(tmp_path):
+    spec = ModelSpec(**{**SMALL, "positions": "alibi"})
+    with pytest.raises(UserError, match=r"nearest is \w+, which does not go with .*positions"):
+        hf.plan(spec)
+
+
+# Bad input: a change of a good folder, and the one message.
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_in_the_header(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def huge_header(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def overlapping(folder):
+    header = json.dumps(
+        {
+            "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+            "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]},
+        }
+    ).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(6)
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def missing(folder):
+    rewrite(folder, lambda table: table.pop("bert.encoder.layer.1.output.dense.bias") and None)
+
+
+def extra(folder):
+    def add(table):
+        table["bert.more.weight"] = ("F32", np.zeros(4, np.uint8), (1,))
+
+    rewrite(folder, add)
+
+
+def wrong_shape(folder):
+    def turn(table):
+        dtype, data, shape = table["bert.encoder.layer.0.intermediate.dense.weight"]
+        table["bert.encoder.layer.0.intermediate.dense.weight"] = (dtype, data, shape[::-1])
+
+    rewrite(folder, turn)
+
+
+def wrong_type(folder):
+    def widen(table):
+        _, data, shape = table["bert.pooler.dense.bias"]
+        table["bert.pooler.dense.bias"] = ("F64", data.view("<f4").astype("<f8").view("u1"), shape)
+
+    rewrite(folder, widen)
+
+
+def untied(folder):
+    def differ(table):
+        dtype, data, shape = table["bert.embeddings.word_embeddings.weight"]
+        table["cls.predictions.decoder.weight"] = (dtype, data[::-1].copy(), shape)
+
+    rewrite(folder, differ)
+
+
+def set_config(**values):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def tokenizer_too_large(folder):
+    words = {f"w{i}": i for i in range(301)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+
+
+def tokenizer_damaged(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+def shard_missing(folder):
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def shard_outside(folder):
+    index = shard(folder)
+    first = sorted(index)[0]
+    text = json.dumps({"weight_map": {**index, first: "../../model.safetensors"}})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def shard_elsewhere(folder):
+    index = shard(folder)
+    first = sorted(index)[0]
+    other = "model-00002-of-00003.safetensors"
+    text = json.dumps({"weight_map": {**index, first: other}})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def link_outside(folder):
+    (folder / "tokenizer.json").symlink_to(os.devnull)
+
+
+def legacy_alone(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def config_is_a_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def config_is_deep(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+
+
+BAD = [
+    (cut, r"model\.safetensors is not a valid safetensors file: it is cut off: [\d,]+ bytes inst"),
+    (cut_in_the_header, "it is cut off: 100 bytes, and its header alone takes"),
+    (huge_header, "its header would have 4,611,686,018,427,387,904 bytes"),
+    (overlapping, "b begins at byte 2 of the data instead of 4"),
+    (missing, r"the tensor bert\.encoder\.layer\.1\.output\.dense\.bias is missing"),
+    (extra, r"the tensor bert\.more\.weight has no place in a model of type bert; --keep-extra"),
+    (wrong_shape, r"intermediate\.dense\.weight has shape \[8, 32\], and config\.json asks for"),
+    (wrong_type, r"bert\.pooler\.dense\.bias has type F64; allowed: F32, BF16, F16"),
+    (untied, r"differs from bert\.embeddings\.word_embeddings\.weight, and config\.json has them"),
+    (set_config(model_type="mamba"), 'model_type is "mamba", which is unknown; known: bert, rob'),
+    (set_config(model_type=None), "model_type is missing"),
+    (set_config(hidden_act="mish"), 'hidden_act = "mish" is not supported; allowed: "gelu" or'),
+    (set_config(position_embedding_type="relative_key"), "position_embedding_type"),
+    (set_config(is_decoder=True), "is_decoder = true is not supported; allowed: false"),
+    (set_config(hidden_size="8"), 'hidden_size = "8" must be a whole number above 0'),
+    (set_config(layer_norm_eps="x"), 'layer_norm_eps = "x" must be a number'),
+    (set_config(tie_word_embeddings=3), "tie_word_embeddings = 3 must be true or false"),
+    (set_config(num_attention_heads=3), "heads = 3 does not divide width = 8"),
+    (set_config(vocab_size=299), r"word_embeddings\.weight has shape \[300, 8\]"),
+    (tokenizer_too_large, "does not fit the model: its token 'w300' has id 300, and the vocabul"),
+    (tokenizer_damaged, "tokenizer.json can't be read"),
+    (shard_missing, "names the shard model-00002-of-00003.safetensors, which is missing"),
+    (shard_outside, r"names the shard '\.\./\.\./model\.safetensors'; allowed are names"),
+    (shard_elsewhere, "holds .*, which model.safetensors.index.json has in model-00002"),
+    (link_outside, "is a link that leads out of its folder"),
+    (legacy_alone, r"has pytorch_model\.bin alone, a pickle of torch; --legacy reads it"),
+    (no_weights, "has no weights: neither model.safetensors nor"),
+    (no_config, r"has no config\.json; give the folder of a model"),
+    (config_is_a_list, "must hold a JSON object, not list"),
+    (config_is_deep, "is not valid JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD)
+def test_bad_input_has_one_message(spoil, message, bert, tmp_path):
+    spoil(bert)
+    with pytest.raises(UserError, match=message) as error:
+        import_run(bert, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+UNSUPPORTED = [
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gpt2", {"activation_function": "quick_gelu"}, "activation_function"),
+    ("t5", {"feed_forward_proj": "gated-mish"}, "feed_forward_proj"),
+    ("llama", {"rope_parameters": ROPE}, 'rope_type = "llama3" is not supported'),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+    ("llama", {"attention_bias": True}, "mlp_bias = false is not supported; allowed: true"),
+    ("roberta", {"hidden_act": "relu"}, "hidden_act"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "message"), UNSUPPORTED)
+def test_values_that_a_model_here_cannot_have(name, values, message, tmp_path):
+    write(tmp_path / "hf", ModelSpec(**SPECS[name]))
+    set_config(**values)(tmp_path / "hf")
+    with pytest.raises(UserError, match=message):
+        hf.read_model(tmp_path / "hf")
+
+
+def test_unknown_tensors_are_kept_when_asked(bert, tmp_path):
+    extra(bert)
+    import_run(bert, tmp_path / "run", keep_extra=True)
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_a_damaged_layout_is_refused(bert, tmp_path):
+    import_run(bert, tmp_path / "run")
+    path = tmp_path / "run" / "imported" / "layout.json"
+    layout = json.loads(path.read_text())
+    layout["companions"].append("../config.toml")
+    path.write_text(json.dumps(layout))
+    with pytest.raises(UserError, match=r"layout\.json is damaged: '\.\./config\.toml' is no pl"):
+        export_run(tmp_path / "run", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_nothing_is_overwritten(bert, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        import_run(bert, tmp_path / "run")
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        export_run(tmp_path / "run", tmp_path / "back")
+
+
+def test_the_command(bert, tmp_path, capsys):
+    def call(*arguments):
+        return group.main([*map(str, arguments)], standalone_mode=False)
+
+    call("convert", "--from", "hf", bert, "--to", "run", tmp_path / "run")
+    call("convert", "--from", "run", tmp_path / "run", "--to", "hf", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+    assert "bert: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--from hf --to hf does nothing"):
+        call("convert", "--from", "hf", bert, "--to", "hf", tmp_path / "other")
+    with pytest.raises(UserError, match="go with --from hf alone"):
+        call("convert", "--from", "run", tmp_path / "run", "--to", "hf", tmp_path / "x", "--legacy")

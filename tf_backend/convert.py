@@ -1,0 +1,69 @@
+"""What conversion needs of TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from horovod_lm.errors import UserError
+from horovod_lm.spec import ModelSpec
+from tf_backend.model import Transformer
+from tf_backend.weights import Weights
+
+
+class ConvertTools:
+    """See `horovod_lm.convert.tools.ConvertTools`."""
+
+    def legacy_weights(self, source: Path, target: Path) -> None:
+        """Refuse: the file is a pickle of torch's."""
+        raise UserError(
+            f"{source} is a pickle of PyTorch, which TensorFlow can't read; install the torch "
+            "backend, or convert the file to safetensors first"
+        )
+
+    def saved_model(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], target: Path) -> None:
+        """Write the model as a SavedModel in folder `target`: what it computes is in the graph, so
+        TensorFlow alone runs it."""
+        model = Transformer(spec, "fp32")
+        model.build()
+        variables = Weights(model, spec, 0, "/CPU:0")
+        variables.write(variables.values, weights)
+        names = _inputs(spec)
+        heads = ["lm", *(head.name for head in spec.task_heads)]
+
+        @tf.function(
+            autograph=False,
+            input_signature=[
+                {name: tf.TensorSpec([None, spec.context], tf.int32, name) for name in names}
+            ],
+        )
+        def serve(inputs):
+            hidden = model(inputs)
+            logits = {
+                "logits" if head == "lm" else f"{head}_logits": model.logits(
+                    model.features(hidden, head), head
+                )
+                for head in heads
+            }
+            return {**hidden, **logits}
+
+        module = tf.Module()
+        module.variables_of_model = variables.values
+        module.serve = serve
+        # The gradients that the layers define would need their code again.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+        tf.saved_model.save(module, str(target), signatures=serve, options=options)
+
+
+def _inputs(spec: ModelSpec) -> list[str]:
+    """What a caller gives: tokens, and 1 for tokens that are there and 0 for padding."""
+    names = ["tokens", "blocks"]
+    if spec.kind == "encoder-decoder":
+        names += ["source", "source_blocks"]
+    if spec.segments > 1:
+        names += ["segments"]
+        names += ["source_segments"] if spec.kind == "encoder-decoder" else []
+    return names
