@@ -136,20 +136,21 @@ def test_padding_has_no_influence_at_all(model):
             assert not np.array_equal(one[~real], two[~real]), (name, arrange.__name__)
 
 
-def test_a_decoder_sees_nothing_later_but_a_prefix(model):
+def test_a_decoder_sees_nothing_later_but_a_prefix_and_an_encoder_everything(model):
     spec, engines = model
-    if "decoder" not in spec.stacks:
-        pytest.skip("an encoder sees everything")
+    prefixes = (0, 3) if "decoder" in spec.stacks else (None,)
     inputs = sequences(spec)[1]
     tokens, length = inputs["tokens"], LENGTHS[""][1]
     for name, engine in engines.items():
-        for prefix in (0, 3):
-            given = inputs | {"prefix": (np.arange(length)[None] < prefix).astype(np.int32)}
+        for prefix in prefixes:
+            given = dict(inputs)
+            if prefix is not None:
+                given |= {"prefix": (np.arange(length)[None] < prefix).astype(np.int32)}
             before = engine.logits(given)[0]
             for changed in range(length):
                 other = tokens.copy()
                 other[0, changed] = (other[0, changed] + 1) % spec.vocabulary
                 after = engine.logits(given | {"tokens": other})[0]
                 moved = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
-                first = 0 if changed < prefix else changed
+                first = 0 if prefix is None or changed < prefix else changed
                 assert moved == [place >= first for place in range(length)], (name, changed)
