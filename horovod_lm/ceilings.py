@@ -4,12 +4,13 @@ the bytes that must move at the rate of a plain copy."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from horovod_lm.backend import Backend
+from horovod_lm.backend import Backend, MicroBatch, Precision
 from horovod_lm.bench.tools import BenchTools, products_of
 from horovod_lm.config import Config
-from horovod_lm.data.batches import cut
 from horovod_lm.optimizers import moment_size
 from horovod_lm.spec import ModelSpec
 
@@ -17,8 +18,34 @@ _LEAST_RUNS, _SECONDS = 3, 0.1  # of one measurement
 _LEAST_ELEMENTS = 2**18  # of a copy
 
 
-def ideal_times(config: Config, backend: Backend, ranks: int) -> dict[str, float]:
-    """By kind of `horovod_lm.profiles`, the ms that a step of one rank takes at the least.
+@dataclass(frozen=True)
+class Sizes:
+    """What a forward works on: `rows` sequences, of so many tokens in each stack, and `places`,
+    summed over the rows, that the output layer is applied to."""
+
+    rows: int
+    lengths: tuple[tuple[str, int], ...]
+    places: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, micro: MicroBatch) -> Sizes:
+        """Those of a micro-batch."""
+        rows, length = micro.inputs["tokens"].shape
+        lengths: dict[str, int] = {stack: length for stack in spec.stacks}
+        if "source" in micro.inputs:
+            lengths["encoder"] = micro.inputs["source"].shape[1]
+        places = sum(loss.targets.size for loss in micro.losses if loss.targets.ndim == 2)
+        return cls(rows, tuple(lengths.items()), places)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens in each stack, on average."""
+        return self.rows * sum(length for _, length in self.lengths) / len(self.lengths)
+
+
+def ideal_times(config: Config, backend: Backend, micros: Sequence[MicroBatch]) -> dict[str, float]:
+    """By kind of `horovod_lm.profiles`, the ms that a step of one rank, on `micros`, takes at the
+    least.
 
     Matrix products: the same products by the framework's fastest library, with nothing else
     between. Attention: its FLOPs at the same rate. The others, which do little with each element:
@@ -26,26 +53,46 @@ def ideal_times(config: Config, backend: Backend, ranks: int) -> dict[str, float
     size. Kinds for which this means nothing are left out.
     """
     spec, train = config.model, config.train
-    micros, rows = cut(train.global_batch_size, train.micro_batch_size, ranks)
-    tokens = rows * spec.context
     tools = backend.bench()
-    products = products_of(spec, rows)
-    seconds = min(
-        _seconds(tools.products(library, products, train.precision))
-        for library in tools.product_libraries(train.precision)
-    )
-    rate = sum(product.flops for product in products) / seconds
-    times = {
-        "matrix products": micros * seconds,
-        "attention": micros * tokens * spec.attention_flops_per_token() / rate,
-    }
-    byte = _seconds_of_a_byte(tools, tokens * spec.width)
-    half = 4 if train.precision == "fp32" else 2
-    for kind, count in bytes_per_token(spec, half).items():
-        times[kind] = micros * tokens * count * byte
+    times: dict[str, float] = {}
+    for sizes, count in Counter(Sizes.of(spec, micro) for micro in micros).items():
+        for kind, seconds in _forward_times(spec, train.precision, tools, sizes).items():
+            times[kind] = times.get(kind, 0.0) + count * seconds
     update = optimizer_bytes(spec, config.optimizer.name)
     times["optimizer"] = update * _seconds_of_a_byte(tools, spec.size)
     return {kind: 1e3 * value for kind, value in times.items()}
+
+
+def _forward_times(
+    spec: ModelSpec, precision: Precision, tools: BenchTools, sizes: Sizes
+) -> dict[str, float]:
+    """The seconds of a forward and backward, by kind."""
+    products = products_of(spec, sizes.rows, dict(sizes.lengths), sizes.places)
+    seconds = min(
+        _seconds(tools.products(library, products, precision))
+        for library in tools.product_libraries(precision)
+    )
+    rate = sum(product.flops for product in products) / seconds
+    times = {
+        "matrix products": seconds,
+        "attention": sizes.rows * attention_flops(spec, dict(sizes.lengths)) / rate,
+    }
+    byte = _seconds_of_a_byte(tools, int(sizes.tokens) * spec.width)
+    for kind, count in bytes_per_token(spec, 4 if precision == "fp32" else 2).items():
+        times[kind] = sizes.tokens * count * byte
+    return times
+
+
+def attention_flops(spec: ModelSpec, lengths: Mapping[str, int]) -> float:
+    """The operations of a forward and backward of one sequence, of so many tokens in each stack, in
+    the two products of attention that have no weights; a causal token sees half on average."""
+    pairs = 0.0
+    for stack, layers in spec.stacks.items():
+        length = lengths[stack]
+        pairs += layers * length * ((length + 1) / 2 if stack == "decoder" else length)
+        if spec.attends_to_encoder(stack):
+            pairs += layers * length * lengths["encoder"]
+    return 12.0 * spec.attention_width * pairs
 
 
 def bytes_per_token(spec: ModelSpec, half: int) -> dict[str, float]:

@@ -346,7 +346,10 @@ class Training:
             )
         if run.step + 1 >= steps.start:
             self._say(f"no profile of steps {self.config.output.profile}: step {run.step} is done")
-        ideal = partial(ideal_times, self.config, self.backend, self.communicator.size)
+
+        def ideal() -> dict[str, float]:
+            return ideal_times(self.config, self.backend, run.batches[steps.start - 1].micros)
+
         hook = Profile(steps, self.folder, self.backend, display_name(self.backend.name), ideal)
         stack.callback(hook.close)
         return hook

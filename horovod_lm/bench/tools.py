@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,25 +33,35 @@ class Product:
 HEAD_ROWS = 512  # the output layer is applied to so many rows at a time, in both backends
 
 
-def products_of(spec: ModelSpec, rows: int) -> list[Product]:
-    """The products with weights of one step on `rows` sequences of full length, in each stack:
-    query, key and value are one product where they are equally wide, else key and value are; in
-    attention to the encoder always."""
-    tokens, width, inner = rows * spec.context, spec.width, spec.inner_width
+def products_of(
+    spec: ModelSpec,
+    rows: int,
+    lengths: Mapping[str, int] | None = None,
+    places: int | None = None,
+) -> list[Product]:
+    """The products with weights of one step on `rows` sequences: query, key and value are one
+    product where they are equally wide, else key and value are; in attention to the encoder always.
+    `lengths` are those of the sequences in each stack, by default the full ones, and the output
+    layer sees so many `places`, by default all of the last stack."""
+    width, inner = spec.width, spec.inner_width
+    lengths = lengths or dict.fromkeys(spec.stacks, spec.context)
+    places = rows * lengths[list(lengths)[-1]] if places is None else places
     queries, both = spec.attention_width, 2 * spec.key_value_count * spec.head_width
     apart = [(width, queries), (width, both)]
     attention = [(width, queries + both)] if both == 2 * queries else apart
     feed_forward = [(width, inner)] * (2 if spec.gated else 1) + [(inner, width)]
-    whole, rest = divmod(tokens, HEAD_ROWS)
+    whole, rest = divmod(places, HEAD_ROWS)
     chunks = [(HEAD_ROWS, whole)] * (whole > 0) + [(rest, 1)] * (rest > 0)
     found = []
     for stack, layers in spec.stacks.items():
         shapes = [*attention, (queries, width)]
         if spec.attends_to_encoder(stack):
-            shapes += [*apart, (queries, width)]
+            shapes += [apart[0], (queries, width)]
+            found.append(Product(rows * lengths["encoder"], *apart[1], layers))
+        tokens = rows * lengths[stack]
         found += [Product(tokens, *shape, layers) for shape in shapes + feed_forward]
-    if spec.head_transform:
-        found.append(Product(tokens, width, width, 1))
+    if spec.head_transform and places:
+        found.append(Product(places, width, width, 1))
     return found + [Product(chunk, width, spec.vocabulary, times) for chunk, times in chunks]
 
 

@@ -5,9 +5,18 @@ import math
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from horovod_lm.ceilings import bytes_per_token, ideal_times, optimizer_bytes
+from horovod_lm.backend import Loss, MicroBatch
+from horovod_lm.bench.tools import products_of
+from horovod_lm.ceilings import (
+    Sizes,
+    attention_flops,
+    bytes_per_token,
+    ideal_times,
+    optimizer_bytes,
+)
 from horovod_lm.config import make_config
 from horovod_lm.errors import UserError
 from horovod_lm.hooks import Metrics
@@ -372,9 +381,17 @@ def test_bytes_by_hand():
     assert optimizer_bytes(spec, "sgd") == 4 * spec.size * (1 + 1 + 2 + 2 * 1)
 
 
-@pytest.mark.parametrize(("batch", "micro", "sequences"), [(8, 2, 4), (9, 4, 6)])
-def test_ideal_times_follow_the_rates(monkeypatch, batch, micro, sequences):
-    """`sequences` go through a rank of two: of 5, with at most 4 at once, 2 times 3."""
+def micro_batch(spec, rows, length, source=None, places=None):
+    shape = (rows, length if places is None else places)
+    loss = Loss("lm", "lm", np.zeros(shape, np.int32), np.ones(shape, np.float32), 1.0)
+    inputs = {"tokens": np.zeros((rows, length), np.int32)}
+    if source is not None:
+        inputs["source"] = np.zeros((rows, source), np.int32)
+    return MicroBatch(inputs, np.arange(rows), (loss,))
+
+
+@pytest.mark.parametrize("rows", [(2, 2), (3, 3), (3, 2)])
+def test_ideal_times_follow_the_rates(monkeypatch, rows):
     monkeypatch.setattr("horovod_lm.ceilings._seconds", lambda work: work())
 
     class Tools:
@@ -392,10 +409,10 @@ def test_ideal_times_follow_the_rates(monkeypatch, batch, micro, sequences):
         def bench(self):
             return Tools()
 
-    values = {"train": {"global_batch_size": batch, "micro_batch_size": micro}}
-    config = make_config(values, "here")
-    times = ideal_times(config, Backend(), ranks=2)
-    tokens, spec = sequences * config.model.context, config.model
+    config = make_config({}, "here")
+    tokens, spec = sum(rows) * config.model.context, config.model
+    micros = [micro_batch(spec, count, spec.context) for count in rows]
+    times = ideal_times(config, Backend(), micros)
     attention = spec.attention_flops_per_token()
     products = spec.flops_per_token() - attention
     assert times["matrix products"] == pytest.approx(1e3 * tokens * products / 1e9, rel=1e-6)
@@ -404,3 +421,24 @@ def test_ideal_times_follow_the_rates(monkeypatch, batch, micro, sequences):
     assert times["norms"] == pytest.approx(1e3 * tokens * norms / 1e9)
     assert times["optimizer"] == pytest.approx(1e3 * optimizer_bytes(spec, "adamw") / 1e9)
     assert set(times) <= set(KINDS) - {"loss", "communication", "copies", OVERHEAD}
+
+
+def test_ideal_times_are_those_of_what_is_computed():
+    """A source and a target of other lengths, and few places of which the words are predicted."""
+    both = make_config({"model": {"kind": "encoder-decoder", "context": 64}}, "here").model
+    sizes = Sizes.of(both, micro_batch(both, 3, 10, source=40))
+    assert sizes == Sizes(3, (("encoder", 40), ("decoder", 10)), 30)
+    assert sizes.tokens == 75
+    full = {"encoder": 64, "decoder": 64}
+    assert attention_flops(both, full) == pytest.approx(64 * both.attention_flops_per_token())
+    pairs = 40 * 40 + 10 * 5.5 + 10 * 40
+    wanted = 12 * both.attention_width * both.layers * pairs
+    assert attention_flops(both, dict(sizes.lengths)) == pytest.approx(wanted)
+    encoder = make_config({"model": {"kind": "encoder"}}, "here").model
+    masked = Sizes.of(encoder, micro_batch(encoder, 2, 64, places=9))
+    assert masked.places == 18
+    flops = {
+        places: sum(p.flops for p in products_of(encoder, 2, {"encoder": 64}, places))
+        for places in (18, 128)
+    }
+    assert flops[128] - flops[18] == 6 * 110 * encoder.width * encoder.vocabulary
