@@ -31,7 +31,7 @@ class Sizes:
     def of(cls, spec: ModelSpec, micro: MicroBatch) -> Sizes:
         """Those of a micro-batch."""
         rows, length = micro.inputs["tokens"].shape
-        lengths: dict[str, int] = dict.fromkeys(spec.stacks, length)
+        lengths = {stack: int(length) for stack in spec.stacks}
         if "source" in micro.inputs:
             lengths["encoder"] = micro.inputs["source"].shape[1]
         places = sum(loss.targets.size for loss in micro.losses if loss.targets.ndim == 2)
