@@ -41,7 +41,7 @@ def command(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Let a trained RUN continue a text, or answer it where it has an encoder too."""
+    """Let a trained RUN continue or answer a text."""
     from contextlib import redirect_stdout
 
     from horovod_lm.errors import UserError
