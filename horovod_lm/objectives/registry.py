@@ -209,7 +209,6 @@ class _Maker:
         )
 
     def spans(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
-        options = {"density": table.density} if table.density is not None else {}
         return SpanCorruption(
             corpus,
             self.config.model.context,
@@ -218,11 +217,10 @@ class _Maker:
             loss=_kind(table),
             mean_span=table.mean_span,
             documents=documents,
-            **options,
+            **_given_density(table),
         )
 
     def denoising(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
-        options = {"density": table.density} if table.density is not None else {}
         return Denoising(
             corpus,
             self.config.model.context,
@@ -233,7 +231,7 @@ class _Maker:
             permute=table.permute,
             documents=documents,
             ends=self._ends if table.permute else None,
-            **options,
+            **_given_density(table),
         )
 
     def parallel(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
@@ -265,6 +263,11 @@ class _Maker:
         size = self.config.train.global_batch_size
         budget = (batching.tokens or size * sum(shape)) * rows // size
         return Buckets(objective, shape, tokens=budget, count=batching.buckets, seed=seed)
+
+
+def _given_density(table: Objective) -> dict[str, float]:
+    """Each objective has a default of its own."""
+    return {} if table.density is None else {"density": table.density}
 
 
 _MAKERS: Mapping[str, Callable[..., Examples]] = {

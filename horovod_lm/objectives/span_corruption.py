@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -33,15 +34,60 @@ def shifted(target: np.ndarray, start: int) -> np.ndarray:
     return np.concatenate([[start], target[:-1]]).astype(np.int32)
 
 
-class SpanCorruption(Objective):
+class _Corruption(Objective):
+    """Pieces of text of which a share of `density` is taken out, in spans of `mean_span` tokens on
+    average, to be given back."""
+
+    streams = ("source", "tokens")
+    both_sides = ("source",)
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        room: int,
+        tokenizer: Tokenizer,
+        keys: Keys,
+        *,
+        loss: LossKind,
+        density: float,
+        mean_span: float,
+        documents: bool,
+    ) -> None:
+        self._tokens, self._keys = corpus.tokens, keys
+        self._density, self._mean = density, mean_span
+        self._start, self._end = decoder_start(tokenizer), np.array([tokenizer.end], np.int32)
+        self.pieces = corrupted_pieces(corpus, room, self._lengths, documents)
+        self.losses = (loss,)
+        self.lengths = self._lengths(self.pieces.lengths)
+
+    @abstractmethod
+    def _lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """(N, 2): how long source and target are for texts of `lengths` (N,)."""
+
+    def counts(self, examples: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        return {self.losses[0].name: self.lengths[examples, 1]}
+
+    def _text(self, number: int) -> np.ndarray:
+        return self._tokens.read(int(self.pieces.starts[number]), int(self.pieces.lengths[number]))
+
+    def _pair(self, source: np.ndarray, target: np.ndarray) -> Example:
+        """Both without the end-of-text token that closes them."""
+        target = np.concatenate([target, self._end])
+        return Example(
+            {
+                "source": np.concatenate([source, self._end]),
+                "tokens": shifted(target, self._start),
+            },
+            {self.losses[0].name: Targets(target)},
+        )
+
+
+class SpanCorruption(_Corruption):
     """T5's objective (Raffel et al., 2020, section 3.1.4): of n tokens round(n x `density`) are
     taken out, in spans of `mean_span` tokens on average. In the source a sentinel stands for each
     span; the target is each sentinel and what it stands for; both close with end-of-text. Spans may
     be anywhere: in T5's own code the last one ends the text, which leaves a short text with one
     span no choice."""
-
-    streams = ("source", "tokens")
-    both_sides = ("source",)
 
     def __init__(
         self,
@@ -55,25 +101,26 @@ class SpanCorruption(Objective):
         mean_span: float = 3.0,
         documents: bool = False,
     ) -> None:
-        self._tokens, self._keys, self._tokenizer = corpus.tokens, keys, tokenizer
-        self._density, self._mean = density, mean_span
         self._sentinels = np.array(tokenizer.sentinels, dtype=np.int32)
         if not self._sentinels.size:
             raise UserError(
                 f"objective {loss.name} needs a tokenizer with sentinel tokens, and this one has "
                 'none; give another data.tokenizer, such as "unigram"'
             )
-        self._start = decoder_start(tokenizer)
-        self.pieces = corrupted_pieces(corpus, room, self._lengths, documents)
-        self.losses = (loss,)
-        self.lengths = self._lengths(self.pieces.lengths)
-
-    def counts(self, examples: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        return {self.losses[0].name: self.lengths[examples, 1]}
+        super().__init__(
+            corpus,
+            room,
+            tokenizer,
+            keys,
+            loss=loss,
+            density=density,
+            mean_span=mean_span,
+            documents=documents,
+        )
 
     def example(self, number: int, epoch: int) -> Example:
-        start, length = int(self.pieces.starts[number]), int(self.pieces.lengths[number])
-        text = self._tokens.read(start, length)
+        text = self._text(number)
+        length = len(text)
         noise, spans = (int(count) for count in self._spans(np.array(length)))
         drawn = fractions(self._keys(number, epoch), length)[0]
         kept, lost = drawn[: length - noise + 1], drawn[length - noise + 1 :]
@@ -90,8 +137,7 @@ class SpanCorruption(Objective):
             source += [stretches[2 * index], sentinel]
             target += [sentinel, stretches[2 * index + 1]]
         source.append(stretches[-1])
-        end = np.array([self._tokenizer.end], dtype=np.int32)
-        return _pair(np.concatenate([*source, end]), np.concatenate([*target, end]), self)
+        return self._pair(np.concatenate(source), np.concatenate(target))
 
     def _spans(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens to take out of texts of `lengths`, at least 2, and in how many spans."""
@@ -104,15 +150,12 @@ class SpanCorruption(Objective):
         return np.stack([lengths - noise + spans + 1, noise + spans + 1], axis=1)
 
 
-class Denoising(Objective):
+class Denoising(_Corruption):
     """BART's objective (Lewis et al., 2020, section 2.2): the target is the text, the source is the
     same with its sentences in a drawn order (`permute`) and with spans, round(n x `density`) tokens
     in all, each replaced by one mask token. Lengths of spans are those of Poisson(`mean_span`)
     variables, of which round(n x density / mean_span) give that sum: some are 0, which puts a mask
     where nothing is missing. Both close with end-of-text."""
-
-    streams = ("source", "tokens")
-    both_sides = ("source",)
 
     def __init__(
         self,
@@ -128,31 +171,29 @@ class Denoising(Objective):
         documents: bool = False,
         ends: np.ndarray | None = None,
     ) -> None:
-        self._tokens, self._keys, self._tokenizer = corpus.tokens, keys, tokenizer
-        self._density, self._mean = density, mean_span
         (self._mask,) = need(tokenizer, loss.name, "mask")
         self._ends: np.ndarray | None = None
         if permute:
             self._ends = (sentence_ends(tokenizer) if ends is None else ends).copy()
             self._ends[tokenizer.end] = True
-        self._start = decoder_start(tokenizer)
-        self.pieces = corrupted_pieces(corpus, room, self._lengths, documents)
-        self.losses = (loss,)
-        self.lengths = self._lengths(self.pieces.lengths)
-
-    def counts(self, examples: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        return {self.losses[0].name: self.lengths[examples, 1]}
+        super().__init__(
+            corpus,
+            room,
+            tokenizer,
+            keys,
+            loss=loss,
+            density=density,
+            mean_span=mean_span,
+            documents=documents,
+        )
 
     def example(self, number: int, epoch: int) -> Example:
-        start, length = int(self.pieces.starts[number]), int(self.pieces.lengths[number])
-        text = self._tokens.read(start, length)
-        end = np.array([self._tokenizer.end], dtype=np.int32)
-        target = np.concatenate([text, end])
+        text = target = self._text(number)
+        length = len(text)
         drawn = fractions(self._keys(number, epoch), 3 * length + 1)[0]
         if self._ends is not None:
             text = _permuted(text, self._ends, drawn[:length])
-        source = self._infilled(text, drawn[length:])
-        return _pair(np.concatenate([source, end]), target, self)
+        return self._pair(self._infilled(text, drawn[length:]), target)
 
     def _infilled(self, text: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """`text` (n,) with spans replaced; `drawn` (2 n + 1,)."""
@@ -179,13 +220,6 @@ class Denoising(Objective):
         noise, spans = self._spans(lengths)
         noise = np.where(spans > 0, noise, 0)
         return np.stack([lengths - noise + spans + 1, lengths + 1], axis=1)
-
-
-def _pair(source: np.ndarray, target: np.ndarray, objective: SpanCorruption | Denoising) -> Example:
-    return Example(
-        {"source": source, "tokens": shifted(target, objective._start)},
-        {objective.losses[0].name: Targets(target)},
-    )
 
 
 def _round(numbers: np.ndarray) -> np.ndarray:
