@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from horovod_lm.bench.tools import BenchTools
     from horovod_lm.convert.tools import ConvertTools
 
-# fp64 is the referee of `horovod-lm parity`: no run trains in it.
+# fp64 is the referee: of `horovod-lm parity`, and of runs whose curves part.
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 # Bits of a rank's status, which travels in the reduced buffer.

@@ -12,7 +12,7 @@ from horovod_lm.backend import Backend, MicroBatch, Precision
 from horovod_lm.bench.tools import BenchTools, products_of
 from horovod_lm.config import Config
 from horovod_lm.optimizers import moment_size
-from horovod_lm.spec import ModelSpec
+from horovod_lm.spec import ModelSpec, element_sizes
 
 _LEAST_RUNS, _SECONDS = 3, 0.1  # of one measurement
 _LEAST_ELEMENTS = 2**18  # of a copy
@@ -58,7 +58,7 @@ def ideal_times(config: Config, backend: Backend, micros: Sequence[MicroBatch]) 
     for sizes, count in Counter(Sizes.of(spec, micro) for micro in micros).items():
         for kind, seconds in _forward_times(spec, train.precision, tools, sizes).items():
             times[kind] = times.get(kind, 0.0) + count * seconds
-    update = optimizer_bytes(spec, config.optimizer.name)
+    update = optimizer_bytes(spec, config.optimizer.name) * element_sizes(train.precision)[0] / 4
     times["optimizer"] = update * _seconds_of_a_byte(tools, spec.size)
     return {kind: 1e3 * value for kind, value in times.items()}
 
@@ -78,8 +78,9 @@ def _forward_times(
         "attention": sizes.rows * attention_flops(spec, dict(sizes.lengths)) / rate,
     }
     byte = _seconds_of_a_byte(tools, int(sizes.tokens) * spec.width)
-    for kind, count in bytes_per_token(spec, 4 if precision == "fp32" else 2).items():
-        times[kind] = sizes.tokens * count * byte
+    full, half = element_sizes(precision)
+    for kind, count in bytes_per_token(spec, 4 * half // full).items():
+        times[kind] = sizes.tokens * count * byte * full / 4
     return times
 
 

@@ -1,5 +1,7 @@
 """Checkpoints: canonical names in safetensors, beside a JSON manifest with digests.
 
+Tensors are fp32, and fp64 in a run of that precision, which would not go on as it was otherwise.
+
 A checkpoint is a folder `step-00000200` with `weights.safetensors`, `moments.safetensors` and
 `manifest.json`. It belongs to the run, not to a framework or a number of ranks. It appears by one
 rename, whole, so a kill at any moment leaves the one before it.
@@ -117,10 +119,10 @@ def _write(work: Path, state: RunState, config: Config) -> None:
     engine = state.engine
     moments = {f"{m}.{n}": a for m, table in engine.moments.items() for n, a in table.items()}
     files = {}
+    kind = _kind(config.trajectory)
     for name, tensors in ((WEIGHTS, engine.weights), (MOMENTS, moments)):
-        save_file(
-            {n: np.ascontiguousarray(a, dtype="<f4") for n, a in tensors.items()}, work / name
-        )
+        arrays = {n: np.ascontiguousarray(a, dtype=kind) for n, a in tensors.items()}
+        save_file(arrays, work / name)
         _sync(work / name)
         files[name] = _File(sha256=_sha256(work / name), size=(work / name).stat().st_size)
     manifest = _Manifest.model_validate(
@@ -139,6 +141,11 @@ def _write(work: Path, state: RunState, config: Config) -> None:
     (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _sync(work / MANIFEST)
     _sync(work)
+
+
+def _kind(run: Mapping[str, Any]) -> np.dtype[Any]:
+    """The type of the tensors of a run, given its trajectory."""
+    return np.dtype("<f8" if run.get("train.precision") == "fp64" else "<f4")
 
 
 def _sync(path: Path) -> None:
@@ -262,9 +269,10 @@ def load(path: Path) -> RunState:
     naming what is wrong."""
     with _faults(path):
         manifest = _checked_manifest(path)
-        weights = _read_tensors(path / WEIGHTS)
+        kind = _kind(manifest.run)
+        weights = _read_tensors(path / WEIGHTS, kind)
         moments: dict[str, dict[str, np.ndarray]] = {}
-        for key, array in _read_tensors(path / MOMENTS).items():
+        for key, array in _read_tensors(path / MOMENTS, kind).items():
             moment, _, name = key.partition(".")
             moments.setdefault(moment, {})[name] = array
         if _shapes(weights) != manifest.tensors:
@@ -286,12 +294,12 @@ def _shapes(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in tensors.items()}
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: Path, kind: np.dtype[Any]) -> dict[str, np.ndarray]:
     # pread: with mmap the file's pages would stand in memory beside the arrays.
     tensors = load_file(path, backend="pread")
     for name, array in tensors.items():
-        if array.dtype != np.float32:
-            raise ValueError(f"{path.name}: {name} is {array.dtype}, not float32")
+        if array.dtype != kind:
+            raise ValueError(f"{path.name}: {name} is {array.dtype}, not {kind}")
     return tensors
 
 

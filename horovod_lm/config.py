@@ -288,7 +288,9 @@ class Train(_Section):
     start_from: str | None = Field(
         None, description="folder of a run whose weights to start with; heads may be others"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the products")
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the products; fp64 shows what rounding alone has done"
+    )
     recompute: bool = Field(
         False, description="make a block's activations anew in the backward: less memory, more time"
     )

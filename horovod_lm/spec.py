@@ -311,24 +311,32 @@ class ModelSpec(BaseModel):
         optimizer: str = "adamw",
         recompute: bool = False,
     ) -> dict[str, int]:
-        """Bytes of one rank by part, for micro-batches of `rows` full sequences: fp32 weights,
+        """Bytes of one rank by part, for micro-batches of `rows` full sequences: weights,
         gradients and the optimizer's moments, and an estimate of the activations that the backward
         needs: with `recompute` those of one block, and what goes into each of the others."""
         width, inner = self.width, self.inner_width
-        element = 4 if precision == "fp32" else 2
+        full, element = element_sizes(precision)
         square = self.heads * self.context
         row = (4 * width + 4 * self.attention_width + (3 if self.gated else 2) * inner) * element
-        row += 4 * width * 4 + square * element
+        row += 4 * width * full + square * element
         tokens = rows * self.context
-        weights, blocks = 4 * self.size, sum(self.stacks.values())
-        each = row + (blocks - 1) * 4 * width if recompute else row * blocks
+        weights, blocks = full * self.size, sum(self.stacks.values())
+        each = row + (blocks - 1) * full * width if recompute else row * blocks
         return {
             "weights": weights,
             "gradients": weights,
-            "moments": 4 * moment_size(optimizer, {p.name: p.shape for p in self.parameters}),
+            "moments": full * moment_size(optimizer, {p.name: p.shape for p in self.parameters}),
             "activations": tokens * each,
-            "logits": min(tokens, 512) * self.vocabulary * 4,
+            "logits": min(tokens, 512) * self.vocabulary * full,
         }
+
+
+def element_sizes(precision: str) -> tuple[int, int]:
+    """Bytes of an element of what is stored (weights, gradients, moments, sums), and of a
+    product's result."""
+    if precision == "fp64":
+        return 8, 8
+    return 4, 4 if precision == "fp32" else 2
 
 
 def _divisors(number: int) -> list[int]:

@@ -2,7 +2,13 @@
 
 import signal
 
+from hypothesis import settings
+
 from tests.parity.compare import FIGURES
+
+# No test depends on how fast a machine is, or finds its files changed by an earlier run.
+settings.register_profile("ours", deadline=None, database=None)
+settings.load_profile("ours")
 
 # A shell starts background jobs with SIGINT ignored, and their children inherit that: tests of
 # Ctrl-C would wait in vain.

@@ -13,7 +13,7 @@ from horovod_lm.backend import Precision
 from horovod_lm.bench.tools import Peer, Product
 from horovod_lm.config import Config
 from tf_backend.communicator import Communicator
-from tf_backend.precision import HALF_TYPES
+from tf_backend.precision import FULL_TYPES, HALF_TYPES
 
 TRIALS = 3  # of each form of a product, to see which is the fastest here
 
@@ -35,7 +35,7 @@ class BenchTools:
         self, library: str, products: Sequence[Product], precision: Precision
     ) -> Callable[[], None]:
         """A function that does all products and their gradients, each in its fastest form."""
-        kind = HALF_TYPES[precision] or tf.float32
+        kind = HALF_TYPES[precision] or FULL_TYPES[precision]
         calls = []
         for product in products:
             rows, inputs, outputs = product.rows, product.inputs, product.outputs

@@ -22,7 +22,7 @@ from horovod_lm.randomness import initial_weights
 from horovod_lm.spec import ModelSpec
 from torch_backend.communicator import Communicator
 from torch_backend.engine import Engine
-from torch_backend.precision import HALF_TYPES
+from torch_backend.precision import FULL_TYPES, HALF_TYPES
 
 TRIALS = 3  # of each form of a product, to see which is the fastest here
 
@@ -49,7 +49,7 @@ class BenchTools:
         self, library: str, products: Sequence[Product], precision: Precision
     ) -> Callable[[], None]:
         """A function that does all products and their gradients, each in its fastest form."""
-        kind, device = HALF_TYPES[precision] or torch.float32, _device()
+        kind, device = HALF_TYPES[precision] or FULL_TYPES[precision], _device()
         calls = []
         for product in products:
             rows, inputs, outputs = product.rows, product.inputs, product.outputs

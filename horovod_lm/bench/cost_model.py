@@ -20,7 +20,7 @@ from horovod_lm.bench.throughput import BACKENDS
 from horovod_lm.bench.training import start_own, step_tokens
 from horovod_lm.config import Config
 from horovod_lm.errors import UserError
-from horovod_lm.spec import ModelSpec
+from horovod_lm.spec import ModelSpec, element_sizes
 
 GIGABIT = 1e9 / 8  # bytes a second
 
@@ -168,7 +168,7 @@ def measure(
         step_seconds = step_seconds or measured
     compute = step_seconds or _measured_step(config, rounds, seconds)
     cost = fit(points)
-    plan = Plan(compute, 4 * spec.size, fusion, cycle)
+    plan = Plan(compute, element_sizes(config.train.precision)[0] * spec.size, fusion, cycle)
     result = BenchResult(
         "cost-model",
         "Foretold steps",

@@ -217,7 +217,8 @@ def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
     checkpoint.check_model(path, config.model)
-    return config, checkpoint.load(path).engine.weights
+    weights = checkpoint.load(path).engine.weights
+    return config, {name: array.astype("f", copy=False) for name, array in weights.items()}
 
 
 def _tokenizer(config: Config, log: Log) -> dict[str, bytes]:

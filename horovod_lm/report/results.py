@@ -111,11 +111,12 @@ class Comparison:
         return [None, *(weight_drift(run, first) for run, first in pairs)]
 
     def judged(self, which: int) -> bool:
-        """Whether a run's curve is held against the margin: in fp32, where a run before it is meant
-        to be the same and draws the same dropout masks."""
+        """Whether a run's curve is held against the margin: in fp32 and fp64, where a run before it
+        is meant to be the same and draws the same dropout masks."""
         twin = self.twin(which)
         first, other = self.runs[twin].config, self.runs[which].config
-        return twin != which and other.train.precision == "fp32" and _same_masks(first, other)
+        exact = other.train.precision in ("fp32", "fp64")
+        return twin != which and exact and _same_masks(first, other)
 
     def same_curve(self, which: int) -> bool | None:
         """Whether a run's curve is within the margin of its twin's; None where none is set."""

@@ -79,10 +79,13 @@ def _train_the_same(comparison: Comparison, twin: int, same: list[int]) -> str:
 def _differ(comparison: Comparison, twin: int, which: int) -> str:
     curves = comparison.curves(which, twin)
     assert curves is not None
+    hint = ""
+    if comparison.runs[which].config.train.precision == "fp32":
+        hint = " Whether rounding has grown to that shows --set train.precision=fp64."
     return (
         f"{_capital(_pair(comparison, twin, which))} differ: their loss curves are apart "
         f"{_extent([curves])}, more than the {MARGIN:.0e} nats of rounding, for the first time at "
-        f"step {curves.leaves_at}."
+        f"step {curves.leaves_at}.{hint}"
     )
 
 
@@ -93,7 +96,7 @@ def _without_margin(comparison: Comparison, twin: int, which: int) -> str:
     )
     assert curves is not None
     differ = f"the loss curves of {_pair(comparison, twin, which)} differ {_extent([curves])}"
-    if precision != "fp32":
+    if precision not in ("fp32", "fp64"):
         return (
             f"In {precision} {differ}; each framework rounds in its own way there, so no margin is "
             f"set."

@@ -256,7 +256,7 @@ sizes = st.fixed_dictionaries(
 
 
 @given(choice=choices, sizes=sizes, seed=st.integers(0, 99))
-@settings(max_examples=12, derandomize=True, deadline=None, database=None)
+@settings(max_examples=12, derandomize=True)
 def test_models_by_chance(compare, choice, sizes, seed):
     spec = spec_of(choice, **sizes)
     with without_graphs():

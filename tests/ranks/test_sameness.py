@@ -33,6 +33,7 @@ CUT_1 = {"name": "cut-1", "set": [*UNEVEN, "train.micro_batch_size=1"]}
 STEPS = 32
 VARIANTS = {
     "adamw": [],
+    "adamw-fp64": ["train.precision=fp64"],
     "adafactor": ["optimizer.name=adafactor", "optimizer.learning_rate=0.02"],
     "sgd-fp16": [
         "optimizer.name=sgd", "optimizer.learning_rate=0.02", "train.precision=fp16",
@@ -140,7 +141,7 @@ def test_a_run_that_changes_framework_at_every_quarter_follows_the_unchanged_one
     command line."""
     unchanged, crossed = done("torch", 1), config.parent
     assert done("torch", 4)
-    last = crossing(CROSSED, 4, ["adafactor", "sgd-fp16"])
+    last = crossing(CROSSED, 4, ["adamw-fp64", "adafactor", "sgd-fp16"])
     run(config, crossed / "last", last, "tensorflow", 2)
     (entry,) = crossing("crossed", 4, ["adamw"])
     overrides = [part for pair in entry["set"] for part in ("--set", pair)]
@@ -149,7 +150,8 @@ def test_a_run_that_changes_framework_at_every_quarter_follows_the_unchanged_one
     result = run_job(crossed / "cli.log", arguments, 2)
     assert result.code == 0, result.text
     assert "resuming from step-00000024" in result.text
-    for variant, limit in {"adamw": 1e-5, "adafactor": 1e-5, "sgd-fp16": 5e-4}.items():
+    limits = {"adamw": 1e-5, "adamw-fp64": 1e-13, "adafactor": 1e-5, "sgd-fp16": 5e-4}
+    for variant, limit in limits.items():
         expected = rows(unchanged / f"unchanged-{variant}")
         found = rows(crossed / f"crossed-{variant}")
         assert [row["step"] for row in found] == list(range(1, STEPS + 1))

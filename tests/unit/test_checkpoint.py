@@ -83,6 +83,30 @@ def test_round_trip(tmp_path):
     loaded.engine.weights["decoder.norm.scale"] += 1  # arrays are the caller's own
 
 
+def test_a_run_in_fp64_is_kept_in_fp64(tmp_path):
+    config, state = changed(train={"precision": "fp64"}), state_at(7)
+    name = "decoder.0.feed_forward.up.kernel"
+    for table in (state.engine.weights, *state.engine.moments.values()):
+        table.update({key: array / np.float64(3) for key, array in table.items()})
+    path = save(tmp_path / "checkpoints", state, config, keep=2)
+    loaded = load(path)
+    assert loaded.engine.weights[name].dtype == np.float64
+    assert np.array_equal(loaded.engine.weights[name], state.engine.weights[name])
+    moment = loaded.engine.moments["second"][name]
+    assert np.array_equal(moment, state.engine.moments["second"][name])
+    with pytest.raises(UserError, match=r"train\.precision: fp64 → fp32"):
+        check_same_run(path, CONFIG)
+
+
+def test_tensors_of_another_precision_than_the_run_has(tmp_path):
+    path = save(tmp_path, state_at(7), CONFIG, keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["run"]["train.precision"] = "fp64"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is float32, not float64"):
+        load(path)
+
+
 def test_the_files_are_plain_safetensors_under_canonical_names(tmp_path):
     state = state_at(7)
     path = save(tmp_path, state, CONFIG, keep=2)

@@ -30,7 +30,7 @@ def test_it_learns_merges_and_keeps_to_the_size(tokenizer):
 
 
 # Surrogates alone are the one thing that UTF-8, and so a text file, can't hold.
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -142,7 +142,7 @@ def test_every_language_comes_back(lossless, text):
     assert ids.max() < lossless.vocabulary <= 900 and lossless.end not in ids
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back_from_every_lossless_kind(lossless, text):
     assert lossless.decode(lossless.encode(text)) == text

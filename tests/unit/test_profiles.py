@@ -420,6 +420,9 @@ def test_ideal_times_follow_the_rates(monkeypatch, rows):
     norms = bytes_per_token(spec, 4)["norms"]
     assert times["norms"] == pytest.approx(1e3 * tokens * norms / 1e9)
     assert times["optimizer"] == pytest.approx(1e3 * optimizer_bytes(spec, "adamw") / 1e9)
+    exact = ideal_times(make_config({"train": {"precision": "fp64"}}, "here"), Backend(), micros)
+    for kind in ("norms", "activations", "embedding", "optimizer"):
+        assert exact[kind] == pytest.approx(2 * times[kind])
     assert set(times) <= set(KINDS) - {"loss", "communication", "copies", OVERHEAD}
 
 

@@ -84,7 +84,8 @@ def test_curves_beyond_the_margin_differ_and_the_step_is_named(tmp_path):
     comparison = make_comparison(tmp_path, apart=1.2 * MARGIN)
     assert comparison.same is False
     # the generator's curves are a whole `apart` from each other where (step - 1) % 7 is 6
-    assert comparison.verdict[0].endswith("for the first time at step 7.")
+    assert "for the first time at step 7. Whether" in comparison.verdict[0]
+    assert comparison.verdict[0].endswith("shows --set train.precision=fp64.")
     assert comparison.verdict[0].startswith("The two backends differ")
 
 
@@ -94,6 +95,12 @@ def test_the_margin_is_for_the_first_200_steps(tmp_path):
     late["loss"] += 1e-2
     assert comparison.same is True
     assert "3.0e-05 nats over the first 200 steps and 1.0e-02 over all 600" in comparison.verdict[0]
+
+
+def test_the_margin_is_for_fp64_too(tmp_path):
+    comparison = make_comparison(tmp_path, apart=1.2 * MARGIN, precision="fp64")
+    assert comparison.same is False
+    assert comparison.verdict[0].endswith("for the first time at step 7.")
 
 
 def test_no_margin_in_half_precision(tmp_path):

@@ -272,6 +272,7 @@ def test_memory_by_part():
     assert memory["moments"] == 8 * GPT2.size
     assert GPT2.memory(rows=4)["activations"] == 2 * memory["activations"]
     assert GPT2.memory(rows=2, precision="bf16")["activations"] < memory["activations"]
+    assert GPT2.memory(rows=2, precision="fp64") == {k: 2 * v for k, v in memory.items()}
     assert GPT2.memory(rows=2, recompute=True)["activations"] < memory["activations"] / 4
 
 
