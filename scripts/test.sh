@@ -8,7 +8,10 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 
-folders=(tests/unit tests/parity tests/ranks tests/browser)
+# Two files at a time, in this order: jobs of several ranks often wait, and what is left for the end
+# should be short.
+folders=(tests/ranks tests/browser tests/parity tests/unit)
+side_by_side=(-n 2 --dist loadfile --no-loadscope-reorder)
 stages=5
 if [[ "${1:-}" == --system ]]; then
     shift
@@ -16,7 +19,7 @@ if [[ "${1:-}" == --system ]]; then
         echo "--system installs Debian packages: run it as root where apt-get is." >&2
         exit 2
     fi
-    folders+=(tests/cluster)
+    folders=(tests/cluster "${folders[@]}")
     system=yes
     stages=6
 fi
@@ -67,4 +70,4 @@ check "Types" mypy
 check "Scripts and Dockerfile" lint_scripts
 # Last, so that pytest's summary is the last line; its exit status is this script's.
 echo "[$((number + 1))/$stages] Tests: ${folders[*]}"
-exec python -m pytest -q "${folders[@]}" "$@"
+exec python -m pytest -q "${side_by_side[@]}" "${folders[@]}" "$@"

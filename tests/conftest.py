@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 from hypothesis import settings
 
 from tests.parity.compare import FIGURES
@@ -16,7 +17,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_sessionfinish(session):
+    """In one of several processes: hand the figures to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for title, value in getattr(node, "workeroutput", {}).get("figures", {}).items():
+        FIGURES[title] = max(FIGURES.get(title, 0.0), value)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print how far apart things were, and not only that they were near enough."""
-    for title, value in FIGURES.items():
+    for title, value in sorted(FIGURES.items()):
         terminalreporter.write_line(f"{title}: at most {value:.1e}")
