@@ -1,26 +1,17 @@
-"""The configuration of a run: TOML and `--set key=value`, validated, resolved, and its digest."""
+"""The sections of a configuration: their keys, with defaults and what is allowed."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from horovod_lm.errors import UserError
 from horovod_lm.objectives.options import COMMON, NEEDS, ObjectiveName
 from horovod_lm.optimizers import KEYS, OptimizerName
-from horovod_lm.presets import preset
-from horovod_lm.spec import ModelSpec
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # Strict: TOML has types, so "200" or true is no number of steps.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -30,7 +21,7 @@ Documents = Literal["paragraph", "line", "file"]
 _Strings = Annotated[tuple[str, ...], Field(strict=False)]  # a list will do for a tuple
 
 
-class _Corpus(_Section):
+class _Corpus(Section):
     """Files, and what a document is in them."""
 
     format: Format = Field("auto", description="of the files; auto: by their names")
@@ -155,7 +146,7 @@ def _default(section: type[BaseModel], key: str) -> Any:
     return section.model_fields[key].default
 
 
-class Batching(_Section):
+class Batching(Section):
     """`[batching]`: how text fills rows."""
 
     kind: Literal["windows", "packed", "buckets"] = Field(
@@ -185,7 +176,7 @@ class Batching(_Section):
         return self
 
 
-class Objective(_Section):
+class Objective(Section):
     """One of the `[[objective]]` tables: what the model learns. A key that the objective does not
     read (see `objectives.options`) is refused. Without any table: causal_lm."""
 
@@ -276,7 +267,7 @@ class Objective(_Section):
         return low + (high - low) * (step - start) / (stop - start)
 
 
-class Train(_Section):
+class Train(Section):
     """`[train]`: how long, how much at once, and how exactly."""
 
     steps: int = Field(200, ge=1, le=10**9, description="attempted steps")
@@ -311,7 +302,7 @@ class Train(_Section):
         return values
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """`[optimizer]`: how gradients move weights; weight decay applies to kernels and token
     embeddings. A key that the chosen optimizer does not read (see `optimizers.KEYS`) is refused."""
 
@@ -343,7 +334,7 @@ class Optimizer(_Section):
         return [key for key in type(self).model_fields if key not in read]
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """`[schedule]`: the learning rate by applied updates."""
 
     name: Literal["cosine", "linear", "inverse_sqrt", "constant"] = Field(
@@ -356,7 +347,7 @@ class Schedule(_Section):
     final_fraction: float = Field(0.1, ge=0, le=1, description="final rate / learning_rate")
 
 
-class LossScale(_Section):
+class LossScale(Section):
     """`[loss_scale]`: of fp16; Micikevicius et al. (2018), with the field's defaults."""
 
     mode: Literal["dynamic", "static"] = Field("dynamic", description="static never changes")
@@ -380,24 +371,21 @@ class LossScale(_Section):
         return self
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """`[evaluation]`: loss on the validation documents."""
 
     every: int = Field(100, ge=0, description="steps between; 0: only at the end")
     windows: int = Field(0, ge=0, description="how many validation windows; 0: all")
 
 
-class Checkpoints(_Section):
+class Checkpoints(Section):
     """`[checkpoint]`: what is kept on disk."""
 
     every: int = Field(100, ge=0, description="steps between; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
 
 
-MOST_PROFILED = 50  # steps; viewers can't open much more
-
-
-class Output(_Section):
+class Output(Section):
     """`[output]`: where a run goes. Outside the run's digest."""
 
     folder: str | None = Field(None, description="default: runs/NAME-TIME")
@@ -419,7 +407,7 @@ class Output(_Section):
         return range(first, last + 1)
 
 
-class Launch(_Section):
+class Launch(Section):
     """`[launch]`: on what the run runs. Outside the run's digest."""
 
     backend: str = Field("torch", description="torch or tensorflow, or another entry point")
@@ -431,401 +419,3 @@ class Launch(_Section):
         None, ge=1, le=4096, description="per rank; default: the rank's share of its cores"
     )
     stall_seconds: int = Field(600, ge=1, description="a collective that waits longer ends the run")
-
-
-class Config(_Section):
-    """A whole run. `model.vocabulary` follows `data.vocabulary`, so it is not set apart; and
-    `model.preset` names the values that the other keys of `model` have by default."""
-
-    name: str = Field(
-        "run",
-        pattern=r"^[A-Za-z0-9._-]{1,80}$",
-        description="of 1 to 80 letters, digits, dots, hyphens and underscores",
-    )
-    model: ModelSpec = ModelSpec()
-    data: Data = Data()
-    batching: Batching = Batching()
-    objective: tuple[Objective, ...] = Field(
-        (), strict=False, description="the [[objective]] tables; none: causal_lm"
-    )
-    train: Train = Train()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    loss_scale: LossScale = LossScale()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoints = Checkpoints()
-    output: Output = Output()
-    launch: Launch = Launch()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_model(cls, values: Any) -> Any:
-        """The fields of `model.preset` in its place, and one vocabulary."""
-        if not isinstance(values, Mapping):
-            return values
-        model, data = values.get("model", {}), values.get("data", {})
-        if not isinstance(model, Mapping) or not isinstance(data, Mapping):
-            return values
-        fields = _preset_fields(model)
-        usual = fields.pop("vocabulary", 8192)
-        wanted = data.get("vocabulary", usual)
-        if not isinstance(wanted, int):
-            return values
-        if model.get("vocabulary", wanted) != wanted:
-            raise ValueError(
-                f"model.vocabulary = {model['vocabulary']} differs from data.vocabulary = "
-                f"{wanted}; set data.vocabulary alone"
-            )
-        own = {key: value for key, value in model.items() if key != "preset"}
-        return {
-            **values,
-            "model": {**fields, **own, "vocabulary": wanted},
-            "data": {**data, "vocabulary": wanted},
-        }
-
-    @model_validator(mode="before")
-    @classmethod
-    def _heads_of_objectives(cls, values: Any) -> Any:
-        """The model gets the head of each objective over sequences that it has not got."""
-        tables = values.get("objective", ()) if isinstance(values, Mapping) else ()
-        model = values.get("model", {}) if isinstance(values, Mapping) else {}
-        if not isinstance(tables, list | tuple) or not isinstance(model, Mapping):
-            return values
-        heads = model.get("task_heads", ())
-        if not isinstance(heads, list | tuple):
-            return values
-        names = {head.get("name") for head in heads if isinstance(head, Mapping)}
-        wanted = [str(table.get("name")) for table in tables if isinstance(table, Mapping)]
-        new = [
-            {"name": name, "outputs": NEEDS[name].outputs}
-            for name in dict.fromkeys(wanted)
-            if name in NEEDS and NEEDS[name].outputs and name not in names
-        ]
-        if not new:
-            return values
-        return {**values, "model": {**model, "task_heads": [*heads, *new]}}
-
-    @model_validator(mode="after")
-    def _objectives_fit(self) -> Config:
-        names = [table.loss_name for table in self.objective]
-        heads = {head.name: head for head in self.model.task_heads}
-        for table in self.objective:
-            needs, name = NEEDS[table.name], table.loss_name
-            fault = None
-            if names.count(name) > 1:
-                fault = f'two have a loss "{name}"; give one of them another loss = NAME'
-            elif self.model.kind != needs.kind:
-                fault = (
-                    f'it needs model.kind = "{needs.kind}", not "{self.model.kind}"; change the '
-                    "kind, or the objective"
-                )
-            elif needs.outputs and (
-                (heads[table.name].outputs, heads[table.name].over) != (needs.outputs, "sequence")
-            ):
-                fault = (
-                    f"its head in model.task_heads must have outputs = {needs.outputs} over "
-                    "sequence; leave the head out, and it is added"
-                )
-            elif self.batching.kind == "packed" and not needs.packed:
-                fault = (
-                    "its examples can't share a row, whose first token is judged; set "
-                    'batching.kind = "windows" or "buckets"'
-                )
-            elif table.on is not None and not self._carries(table.on):
-                fault = f'on = "{table.on}" must be the loss of a next_sentence or sentence_order'
-            if fault:
-                raise ValueError(f"objective {table.name}: {fault}")
-        riders = [table.on for table in self.objective if table.on is not None]
-        if len(riders) != len(set(riders)):
-            raise ValueError("objective: two work on the same rows; one may")
-        return self
-
-    def _carries(self, loss: str) -> bool:
-        return any(t.loss_name == loss and NEEDS[t.name].outputs for t in self.objective)
-
-    @model_validator(mode="after")
-    def _profiled_in_the_run(self) -> Config:
-        steps = self.output.profiled
-        if self.output.profile is None:
-            return self
-        first, last, most = steps.start, steps.stop - 1, self.train.steps
-        if not (2 <= first <= last <= most) or len(steps) > MOST_PROFILED:
-            raise ValueError(
-                f"output.profile = {self.output.profile} must be FIRST:LAST of at most "
-                f"{MOST_PROFILED} steps, from the second (the first one compiles) to train.steps = "
-                f"{most}, as in {max(2, most - 3)}:{max(2, most - 1)}"
-            )
-        return self
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes this run this run: all but `launch`, `output`, `data.workers` and the name."""
-        # However many processes tokenise, the same data comes out.
-        apart: Any = {"launch": True, "output": True, "name": True, "data": {"workers"}}
-        return self.model_dump(mode="json", exclude=apart)
-
-    @property
-    def flat(self) -> dict[str, Any]:
-        """`identity` by `section.key`; the tables of objectives are one value."""
-        values: dict[str, Any] = {}
-        for section, keys in self.identity.items():
-            if isinstance(keys, Mapping):
-                values |= {f"{section}.{key}": value for key, value in keys.items()}
-            else:
-                values[section] = keys
-        return values
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of `identity`."""
-        text = json.dumps(self.identity, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def trajectory(self) -> dict[str, Any]:
-        """The part of `identity` that decides which weights come out, flat, as `section.key`: a
-        resumed run must not change it.
-
-        Left out are evaluation, checkpoints, comparisons of replicas, keys that the optimizer does
-        not read, the micro-batch size and recomputation (which change memory, not results).
-        `train.steps` counts only where the schedule ends with it: then it stands as
-        `schedule.updates`.
-        """
-        values = {
-            key: value
-            for key, value in self.flat.items()
-            if not key.startswith(("evaluation.", "checkpoint."))
-        }
-        steps = values.pop("train.steps")
-        unread = [f"optimizer.{key}" for key in self.optimizer.unread]
-        for key in ("train.check_every", "train.micro_batch_size", "train.recompute", *unread):
-            del values[key]
-        ends = self.schedule.name in ("cosine", "linear")
-        values["schedule.updates"] = (self.schedule.updates or steps) if ends else None
-        return values
-
-
-def _preset_fields(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the fields of the preset that section `model` names, if it does."""
-    name = model.get("preset")
-    if name is None:
-        return {}
-    try:
-        return dict(preset(str(name)).fields)
-    except UserError as error:
-        raise ValueError(f"model.preset: {error}") from None
-
-
-def known_keys() -> list[str]:
-    """Every key that a config may have, as `section.key`."""
-    keys = ["model.preset"]
-    for name, info in Config.model_fields.items():
-        section = info.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
-
-
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML file, apply `section.key=value` overrides, validate.
-
-    Relative paths in `[data]` and `train.start_from` become absolute, from the config file's
-    folder. Raises
-    `UserError` with one message that names every fault.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the path of a TOML config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path} can't be read: {reason}") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:80])
-    for override in overrides:
-        _override(values, override)
-    return make_config(values, str(path), base=path.resolve().parent)
-
-
-def preset_config(name: str, overrides: Iterable[str] = ()) -> Config:
-    """All defaults, but for the model of a preset, with overrides; see `load_config`."""
-    values: dict[str, Any] = {"name": name, "model": {"preset": name}}
-    for override in overrides:
-        _override(values, override)
-    return make_config(values, "--preset")
-
-
-def make_config(values: Mapping[str, Any], where: str, base: Path | None = None) -> Config:
-    """Validate a mapping of sections; see `load_config`."""
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(error, where))) from None
-    if base is None:
-        return config
-    config = with_keys(config, data=_absolute(config.data, base))
-    if config.train.start_from is None:
-        return config
-    return with_keys(config, train={"start_from": str(base / config.train.start_from)})
-
-
-def _absolute(data: Data, base: Path) -> dict[str, Any]:
-    """The paths of `data`, from the folder `base`."""
-
-    def texts(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(t if t.startswith("corpus:") else str(base / t) for t in names)
-
-    sources = tuple(
-        source.model_copy(update={"text": texts(source.text), "target": texts(source.target)})
-        for source in data.sources
-    )
-    return {
-        "text": texts(data.text),
-        "target": texts(data.target),
-        "sources": sources,
-        "tokenizer": data.tokenizer if data.is_trained else str(base / data.tokenizer),
-    }
-
-
-def with_keys(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """`config` with some keys of its sections changed, unchecked."""
-    changed = {
-        name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
-    }
-    return config.model_copy(update=changed)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=value`; the value is read as TOML, or taken as a string if it isn't any."""
-    key, equals, raw = (part.strip() for part in override.partition("="))
-    if not equals or not key:
-        raise UserError(f'--set "{override}" is not of the form section.key=value')
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    if key not in known_keys():
-        raise UserError(f"--set {key}: {unknown_key(key)}")
-    section, _, name = key.rpartition(".")
-    target = values
-    if section:
-        target = values.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise UserError(f"{section} must be a section of keys, not {target!r}")
-    target[name] = value
-
-
-def unknown_key(key: str, sections: bool = False) -> str:
-    """That there is no such key, and the nearest one that there is; `sections` are keys too."""
-    known = known_keys() + (list(Config.model_fields) if sections else [])
-    tail = key.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == tail][:1]  # in another section
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"there is no key {key}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _explain(error: ValidationError, where: str) -> list[str]:
-    """One plain line for each fault."""
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        given, context = fault["input"], fault.get("ctx", {})
-        if fault["type"] == "extra_forbidden":
-            text = unknown_key(key, sections=True)
-        elif fault["type"] == "value_error":
-            text = f"{key}: {context['error']}" if key else str(context["error"])
-        else:
-            field, allowed = _allowed(fault["loc"])
-            name = "it" if field == key else field
-            text = f"{key} = {given!r} is not allowed; {name} must be {allowed}"
-        lines.append(f"{where}: {text}")
-    return lines
-
-
-def _alternatives(kind: Any) -> str:
-    return " or ".join(f'"{value}"' for value in get_args(kind))
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-_BOUNDS = {
-    "ge": "at least",
-    "gt": "above",
-    "le": "at most",
-    "lt": "below",
-    "multiple_of": "a multiple of",
-}
-
-
-def _allowed(location: tuple[int | str, ...]) -> tuple[str, str]:
-    """The key of the field at `location` and, in words, the values that it may have."""
-    model: type[BaseModel] = Config
-    path: list[str] = []
-    for part in location:
-        path.append(str(part))
-        if isinstance(part, int):  # of a list of sections
-            continue
-        info = model.model_fields[part]
-        kind: Any = info.annotation
-        inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    else:
-        is_list = get_origin(kind) is tuple and not isinstance(location[-1], int)
-        return ".".join(path), "a list of sections" if is_list else "a section of keys"
-    if get_origin(kind) is Literal:
-        return ".".join(path), _alternatives(kind)
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)[0]
-        if get_origin(inner) is Literal:
-            return ".".join(path), f"a list of {_alternatives(inner)}"
-        if inner is not str:
-            return ".".join(path), info.description or "a list"
-        some = "one or more " if any(getattr(r, "min_length", 0) for r in info.metadata) else ""
-        return ".".join(path), f"a list of {some}strings"
-    plain = next(k for k in (get_args(kind) or (kind,)) if k is not type(None))
-    words = [_KINDS[plain]]
-    for rule in info.metadata:
-        words += [f"{w} {getattr(rule, b)}" for b, w in _BOUNDS.items() if hasattr(rule, b)]
-    if plain is str and info.metadata:
-        words.append(info.description or "")
-    return ".".join(path), ", ".join(words)
-
-
-def to_toml(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back to an equal one; None is left
-    out."""
-    values = config.model_dump(mode="json")
-    lines = [f"name = {_toml_value(values.pop('name'))}"]
-    for section, keys in _titled(values):
-        lines += ["", section]
-        for key, value in keys.items():
-            if (section, key) == ("[train]", "max_norm") and value is None:
-                value = 0
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _titled(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The sections with their titles: one for each of a list of tables."""
-    for section, keys in values.items():
-        if isinstance(keys, Mapping):
-            yield f"[{section}]", keys
-        else:
-            yield from ((f"[[{section}]]", table) for table in keys)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        keys = (f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
-        return "{ " + ", ".join(keys) + " }"
-    # JSON writes strings, numbers and booleans as TOML reads them, but for this one character.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
