@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +14,11 @@ from horovod_lm.optimizers import KEYS, OptimizerName
 class Section(BaseModel):
     # Strict: TOML has types, so "200" or true is no number of steps.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def _changed(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` whose values are not the defaults."""
+        fields = type(self).model_fields
+        return [key for key in keys if getattr(self, key) != fields[key].default]
 
 
 Format = Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "glue", "squad", "tmx", "story"]
@@ -106,8 +111,7 @@ class Data(_Corpus):
 
     @model_validator(mode="after")
     def _one_corpus_or_several(self) -> Data:
-        given = self.model_fields_set & {"text", *_Corpus.model_fields}
-        changed = [key for key in sorted(given) if getattr(self, key) != _default(Data, key)]
+        changed = self._changed(sorted({"text", *_Corpus.model_fields}))
         if self.sources and changed:
             raise ValueError(
                 f"{changed[0]} belongs into each [[data.sources]] where there are some; it is set "
@@ -142,10 +146,6 @@ class Data(_Corpus):
 TOKENIZERS = ("bpe", "wordpiece", "unigram", "characters")
 
 
-def _default(section: type[BaseModel], key: str) -> Any:
-    return section.model_fields[key].default
-
-
 class Batching(Section):
     """`[batching]`: how text fills rows."""
 
@@ -166,13 +166,11 @@ class Batching(Section):
     @model_validator(mode="after")
     def _read(self) -> Batching:
         if self.kind != "buckets":
-            for key in ("tokens", "buckets"):
-                value = getattr(self, key)
-                if value != type(self).model_fields[key].default:
-                    raise ValueError(
-                        f'{key} = {value} means nothing to kind = "{self.kind}"; leave it out, or '
-                        'set kind = "buckets"'
-                    )
+            for key in self._changed(("tokens", "buckets")):
+                raise ValueError(
+                    f'{key} = {getattr(self, key)} means nothing to kind = "{self.kind}"; leave it '
+                    'out, or set kind = "buckets"'
+                )
         return self
 
 
@@ -223,13 +221,12 @@ class Objective(Section):
     @model_validator(mode="after")
     def _read(self) -> Objective:
         reads = NEEDS[self.name].reads
-        for key in self.unread:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} = {getattr(self, key)} means nothing to {self.name}"
-                    + (f", which reads {', '.join(reads)}" if reads else "")
-                    + f"; leave {key} out"
-                )
+        for key in self._changed(self.unread):
+            raise ValueError(
+                f"{key} = {getattr(self, key)} means nothing to {self.name}"
+                + (f", which reads {', '.join(reads)}" if reads else "")
+                + f"; leave {key} out"
+            )
         steps = [step for step, _ in self.schedule]
         if steps != sorted(set(steps)) or any(step < 0 for step in steps):
             raise ValueError(f"schedule has steps {steps}, which must rise from 0 or more")
@@ -318,13 +315,12 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _read(self) -> Optimizer:
-        for key in self.unread:
-            value = getattr(self, key)
-            if value != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} = {value:g} means nothing to {self.name}, which reads learning_rate, "
-                    f"{', '.join(KEYS[self.name])}; leave {key} out, or choose another name"
-                )
+        for key in self._changed(self.unread):
+            raise ValueError(
+                f"{key} = {getattr(self, key):g} means nothing to {self.name}, which reads "
+                f"learning_rate, {', '.join(KEYS[self.name])}; leave {key} out, or choose another "
+                "name"
+            )
         return self
 
     @property
