@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -209,30 +209,15 @@ class _Maker:
         )
 
     def spans(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
-        return SpanCorruption(
-            corpus,
-            self.config.model.context,
-            self.tokenizer,
-            keys,
-            loss=_kind(table),
-            mean_span=table.mean_span,
-            documents=documents,
-            **_given_density(table),
-        )
-
-    def denoising(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
-        return Denoising(
-            corpus,
-            self.config.model.context,
-            self.tokenizer,
-            keys,
-            loss=_kind(table),
-            mean_span=table.mean_span,
-            permute=table.permute,
-            documents=documents,
-            ends=self._ends if table.permute else None,
-            **_given_density(table),
-        )
+        place = corpus, self.config.model.context, self.tokenizer, keys
+        options: dict[str, Any] = {"loss": _kind(table), "documents": documents}
+        options["mean_span"] = table.mean_span
+        if table.density is not None:  # each objective has a default of its own
+            options["density"] = table.density
+        if table.name == "span_corruption":
+            return SpanCorruption(*place, **options)
+        ends = self._ends if table.permute else None
+        return Denoising(*place, permute=table.permute, ends=ends, **options)
 
     def parallel(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
         return SequenceToSequence(
@@ -265,11 +250,6 @@ class _Maker:
         return Buckets(objective, shape, tokens=budget, count=batching.buckets, seed=seed)
 
 
-def _given_density(table: Objective) -> dict[str, float]:
-    """Each objective has a default of its own."""
-    return {} if table.density is None else {"density": table.density}
-
-
 _MAKERS: Mapping[str, Callable[..., Examples]] = {
     "causal_lm": _Maker.causal,
     "prefix_lm": _Maker.causal,
@@ -277,6 +257,6 @@ _MAKERS: Mapping[str, Callable[..., Examples]] = {
     "next_sentence": _Maker.pairs,
     "sentence_order": _Maker.pairs,
     "span_corruption": _Maker.spans,
-    "denoising": _Maker.denoising,
+    "denoising": _Maker.spans,
     "sequence_to_sequence": _Maker.parallel,
 }
