@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from horovod_lm import checkpoint
 from horovod_lm.backend import EngineState, load_backend
-from horovod_lm.config import Config, Data, load_config, make_config
+from horovod_lm.config import Config, load_config, make_config
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.family import Family
@@ -78,7 +78,7 @@ def import_run(
     model = hf.read_model(source, tools("torch").legacy_weights if legacy else None, keep_extra)
     own = run.resolve() / IMPORTED
     data: dict[str, Any] = {"vocabulary": model.spec.vocabulary}
-    if files.TOKENIZER in model.companions and "tokenizer" in Data.model_fields:
+    if files.TOKENIZER in model.companions:
         data["tokenizer"] = str(own / files.TOKENIZER)
     fields = model.spec.model_dump(mode="json", exclude={"vocabulary"}, exclude_none=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", run.resolve().name)[:80] or "imported"
@@ -231,8 +231,7 @@ def _tokenizer(config: Config, log: Log) -> dict[str, bytes]:
         return {}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     text = (prepared.folder / "tokenizer.json").read_bytes()
-    ids: dict[str, int] = dict(getattr(prepared.tokenizer, "special", {}))
-    ids = {"end": prepared.tokenizer.end} | ids
+    ids = prepared.tokenizer.special
     words = {}
     with suppress(ValueError, KeyError, TypeError):
         words = {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}

@@ -32,12 +32,12 @@ class Mixer:
 
     def __init__(self, units: Sequence[int], shares: Sequence[float], seed: int) -> None:
         self._samplers = [
-            Sampler(count, 1, seed if not index else int(Keys(seed, "source")(index)[0]))
+            Sampler(count, seed if not index else int(Keys(seed, "source")(index)[0]))
             for index, count in enumerate(units)
         ]
         self.counts = _whole(np.asarray(shares, dtype=np.float64))
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._slots = Sampler(CYCLE, 1, int(Keys(seed, "sources")()[0]))
+        self._slots = Sampler(CYCLE, int(Keys(seed, "sources")()[0]))
 
     def take(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sources, epochs and units at `places` (…,), int64."""
