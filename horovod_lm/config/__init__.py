@@ -1,7 +1,14 @@
 """The configuration of a run: TOML and `--set key=value`, validated, resolved, and its digest."""
 
 from horovod_lm.config.faults import unknown_key
-from horovod_lm.config.loading import load_config, make_config, preset_config, to_toml, with_keys
+from horovod_lm.config.loading import (
+    load_config,
+    make_config,
+    preset_config,
+    read_value,
+    to_toml,
+    with_keys,
+)
 from horovod_lm.config.sections import (
     TOKENIZERS,
     Batching,
@@ -19,7 +26,7 @@ from horovod_lm.config.sections import (
     Source,
     Train,
 )
-from horovod_lm.config.whole import MOST_PROFILED, Config, known_keys
+from horovod_lm.config.whole import MOST_PROFILED, Config, flatten, known_keys
 
 __all__ = [
     "MOST_PROFILED",
@@ -39,10 +46,12 @@ __all__ = [
     "Schedule",
     "Source",
     "Train",
+    "flatten",
     "known_keys",
     "load_config",
     "make_config",
     "preset_config",
+    "read_value",
     "to_toml",
     "unknown_key",
     "with_keys",

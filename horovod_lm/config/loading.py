@@ -90,14 +90,10 @@ def with_keys(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=value`; the value is read as TOML, or taken as a string if it isn't any."""
+    """Apply one `a.b=value`."""
     key, equals, raw = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise UserError(f'--set "{override}" is not of the form section.key=value')
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
     if key not in known_keys():
         raise UserError(f"--set {key}: {unknown_key(key)}")
     section, _, name = key.rpartition(".")
@@ -106,7 +102,15 @@ def _override(values: dict[str, Any], override: str) -> None:
         target = values.setdefault(section, {})
         if not isinstance(target, dict):
             raise UserError(f"{section} must be a section of keys, not {target!r}")
-    target[name] = value
+    target[name] = read_value(raw)
+
+
+def read_value(raw: str) -> Any:
+    """A value read as TOML, or taken as a string if it isn't any."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
 
 
 def to_toml(config: Config) -> str:

@@ -165,13 +165,7 @@ class Config(Section):
     @property
     def flat(self) -> dict[str, Any]:
         """`identity` by `section.key`; the tables of objectives are one value."""
-        values: dict[str, Any] = {}
-        for section, keys in self.identity.items():
-            if isinstance(keys, Mapping):
-                values |= {f"{section}.{key}": value for key, value in keys.items()}
-            else:
-                values[section] = keys
-        return values
+        return flatten(self.identity)
 
     @property
     def digest(self) -> str:
@@ -212,6 +206,17 @@ def _preset_fields(model: Mapping[str, Any]) -> dict[str, Any]:
         return dict(preset(str(name)).fields)
     except UserError as error:
         raise ValueError(f"model.preset: {error}") from None
+
+
+def flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value of the sections by `section.key`; what is no section is one value."""
+    values: dict[str, Any] = {}
+    for section, keys in sections.items():
+        if isinstance(keys, Mapping):
+            values |= {f"{section}.{key}": value for key, value in keys.items()}
+        else:
+            values[section] = keys
+    return values
 
 
 def known_keys() -> list[str]:
