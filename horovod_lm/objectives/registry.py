@@ -12,7 +12,7 @@ import numpy as np
 from horovod_lm.config import Config, Objective
 from horovod_lm.data.feeds import Feed
 from horovod_lm.data.layout import Buckets, Layout, Packed, Single
-from horovod_lm.data.mixing import proportions
+from horovod_lm.data.mixing import dealt, proportions
 from horovod_lm.data.stream import TokenStream
 from horovod_lm.errors import UserError
 from horovod_lm.objectives import Corpus, LossKind, Tokenizer
@@ -52,7 +52,13 @@ def make_feeds(
     the model, the tokenizer or the corpora lack."""
     check_kind(config)
     owners = _owners(config)
-    rows = _dealt(config.train.global_batch_size, [table.share for table in owners])
+    size = config.train.global_batch_size
+    if size < len(owners):
+        raise UserError(
+            f"train.global_batch_size = {size} is less than the {len(owners)} objectives that have "
+            "rows of their own; make it larger"
+        )
+    rows = dealt(size, [table.share for table in owners]).tolist()
     maker = _Maker(config, corpora, tokenizer, split)
     return [
         maker.feed(index, table, count)
@@ -98,20 +104,6 @@ def _kind(table: Objective) -> LossKind:
         return LossKind(table.loss_name, table.name, "sequence")
     sparse = table.name == "masked_lm"
     return LossKind(table.loss_name, sparse=sparse, smoothing=table.smoothing, z_loss=table.z_loss)
-
-
-def _dealt(rows: int, shares: Sequence[float]) -> list[int]:
-    """`rows` in proportion to `shares`, at least one each, by largest remainders."""
-    if rows < len(shares):
-        raise UserError(
-            f"train.global_batch_size = {rows} is less than the {len(shares)} objectives that have "
-            "rows of their own; make it larger"
-        )
-    exact = np.round((rows - len(shares)) * np.array(shares) / sum(shares), 6)
-    counts = np.floor(exact).astype(int)
-    missing = rows - len(shares) - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    return (counts + 1).tolist()
 
 
 @dataclass
