@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from horovod_lm.backend import Backend, MicroBatch, Precision
@@ -75,25 +75,13 @@ def _forward_times(
     rate = sum(product.flops for product in products) / seconds
     times = {
         "matrix products": seconds,
-        "attention": sizes.rows * attention_flops(spec, dict(sizes.lengths)) / rate,
+        "attention": sizes.rows * spec.attention_flops(dict(sizes.lengths)) / rate,
     }
     byte = _seconds_of_a_byte(tools, int(sizes.tokens) * spec.width)
     full, half = element_sizes(precision)
     for kind, count in bytes_per_token(spec, 4 * half // full).items():
         times[kind] = sizes.tokens * count * byte * full / 4
     return times
-
-
-def attention_flops(spec: ModelSpec, lengths: Mapping[str, int]) -> float:
-    """The operations of a forward and backward of one sequence, of so many tokens in each stack, in
-    the two products of attention that have no weights; a causal token sees half on average."""
-    pairs = 0.0
-    for stack, layers in spec.stacks.items():
-        length = lengths[stack]
-        pairs += layers * length * ((length + 1) / 2 if stack == "decoder" else length)
-        if spec.attends_to_encoder(stack):
-            pairs += layers * length * lengths["encoder"]
-    return 12.0 * spec.attention_width * pairs
 
 
 def bytes_per_token(spec: ModelSpec, half: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from horovod_lm.backend import EngineState
-from horovod_lm.config import Config
+from horovod_lm.config import Config, load_config
 from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.optimizers import KEYS, moment_shapes
 from horovod_lm.spec import ModelSpec
@@ -262,6 +262,19 @@ def newest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
         else:
             return path
     return None
+
+
+def of_run(run: Path, overrides: Iterable[str] = ()) -> tuple[Config, Path]:
+    """The config in the folder of a run, with `overrides`, and the run's newest valid checkpoint.
+    Raises `UserError` if one is missing, or if they are of different models."""
+    if not (run / "config.toml").exists():
+        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
+    config = load_config(run / "config.toml", overrides)
+    path = newest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
+    check_model(path, config.model)
+    return config, path
 
 
 def load(path: Path) -> RunState:

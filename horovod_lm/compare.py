@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 
 from horovod_lm.backend import require_backend
-from horovod_lm.config import Config, to_toml
+from horovod_lm.config import Config, to_toml, with_keys
 from horovod_lm.data.prepare import prepare
 from horovod_lm.environment import rank_environment
 from horovod_lm.errors import HorovodLmError, RunFailed, Stopped, UserError
@@ -152,21 +152,18 @@ def _run(
 
 def _seeded(variant: Variant, number: int) -> Variant:
     """The variant with the config's seed + `number`."""
-    train = variant.config.train
-    train = train.model_copy(update={"seed": train.seed + number})
-    return replace(variant, config=variant.config.model_copy(update={"train": train}))
+    seed = variant.config.train.seed + number
+    return replace(variant, config=with_keys(variant.config, train={"seed": seed}))
 
 
 def _profiled(variant: Variant) -> Variant:
     """The variant with a profile of its last steps, if it has enough of them and the config names
     no others. A backend that is not ours may have no profiler."""
-    config = variant.config
-    steps, output = config.train.steps, config.output
-    if output.profile or config.launch.backend not in BACKENDS or not _left(steps, True):
+    config, steps = variant.config, variant.config.train.steps
+    if config.output.profile or config.launch.backend not in BACKENDS or not _left(steps, True):
         return variant
     span = f"{steps - PROFILED_STEPS + 1}:{steps}"
-    output = output.model_copy(update={"profile": span})
-    return replace(variant, config=config.model_copy(update={"output": output}))
+    return replace(variant, config=with_keys(config, output={"profile": span}))
 
 
 def _of_other_data(configs: Sequence[Config]) -> list[Config]:

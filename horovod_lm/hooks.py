@@ -19,6 +19,8 @@ from horovod_lm.drift import compare_replicas
 from horovod_lm.loop import Run, overflow_of
 from horovod_lm.sketch import sketch
 
+Sink = Callable[[dict[str, Any]], None]  # takes a row of metrics
+
 
 def peak_memory() -> float:
     """Peak resident memory of this process, in MiB."""
@@ -58,7 +60,7 @@ class Metrics:
 
     every = 1
 
-    def __init__(self, sinks: list[Callable[[dict[str, Any]], None]]) -> None:
+    def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
         self.first_step_seconds: float | None = None
         self.loss: float | None = None
@@ -75,9 +77,9 @@ class Metrics:
             "kind": "step",
             "step": run.step,
             "updates": run.updates,
-            "loss": _plain(self.loss),
-            "losses": {name: _plain(loss) for name, loss in reduced.losses.items()},
-            "norm": _plain(reduced.norm),
+            "loss": finite(self.loss),
+            "losses": {name: finite(loss) for name, loss in reduced.losses.items()},
+            "norm": finite(reduced.norm),
             "learning_rate": run.learning_rate,
             "loss_scale": run.loss_scale if run.config.train.precision == "fp16" else None,
             "skipped": run.scaler.skipped,
@@ -95,9 +97,9 @@ class Metrics:
             sink(row)
 
 
-def _plain(value: float) -> float | None:
-    """JSON has no inf and nan."""
-    return value if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    """`value`, or None where JSON has no such number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Evaluation:
@@ -108,7 +110,7 @@ class Evaluation:
         every: int,
         batches: Callable[[], Iterator[MicroBatch]],
         names: Sequence[str],
-        sinks: list[Callable[[dict[str, Any]], None]],
+        sinks: list[Sink],
     ) -> None:
         self.every = every
         self._batches, self._names, self._sinks = batches, names, sinks
@@ -128,9 +130,9 @@ class Evaluation:
             row = {
                 "kind": "evaluation",
                 "step": run.step,
-                "loss": _plain(self.loss),
-                "losses": {name: _plain(loss) for name, loss in losses.items()},
-                "perplexity": _plain(perplexity(self.loss)) if len(losses) == 1 else None,
+                "loss": finite(self.loss),
+                "losses": {name: finite(loss) for name, loss in losses.items()},
+                "perplexity": finite(perplexity(self.loss)) if len(losses) == 1 else None,
                 "tokens": int(sums[:, 1].sum()),
                 "seconds": round(time.perf_counter() - begin, 3),
                 "time": time.time(),
@@ -173,7 +175,7 @@ class WeightSketches:
     """Rank 0 gives each sink a row with a sketch of every layer's weights: two runs' reports tell
     from them how far their weights have drifted apart."""
 
-    def __init__(self, every: int, sinks: list[Callable[[dict[str, Any]], None]]) -> None:
+    def __init__(self, every: int, sinks: list[Sink]) -> None:
         self.every = every
         self._sinks = sinks
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +32,13 @@ def version_of(package: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program, beside the running interpreter first, so that no venv has to be
+    active; None if there is none."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
 
 
 def build_command() -> str:

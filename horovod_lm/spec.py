@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -297,12 +298,18 @@ class ModelSpec(BaseModel):
     def attention_flops_per_token(self, length: int | None = None) -> float:
         """The part of `flops_per_token` that has no weights: the two products of attention."""
         length = length or self.context
-        keys = 0.0
+        return self.attention_flops(dict.fromkeys(self.stacks, length)) / length
+
+    def attention_flops(self, lengths: Mapping[str, int]) -> float:
+        """The operations of a forward and backward of one sequence, of so many tokens in each
+        stack, in the two products of attention; a causal token sees half on average."""
+        pairs = 0.0
         for stack, layers in self.stacks.items():
-            keys += layers * ((length + 1) / 2 if stack == "decoder" else length)
-        if self.kind == "encoder-decoder":
-            keys += self.layers * length
-        return 12.0 * self.attention_width * keys
+            length = lengths[stack]
+            pairs += layers * length * ((length + 1) / 2 if stack == "decoder" else length)
+            if self.attends_to_encoder(stack):
+                pairs += layers * length * lengths["encoder"]
+        return 12.0 * self.attention_width * pairs
 
     def memory(
         self,

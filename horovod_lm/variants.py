@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from horovod_lm.config import Config, known_keys, unknown_key
+from horovod_lm.config import Config, flatten, known_keys, read_value, unknown_key
 from horovod_lm.errors import UserError
 
 DEFAULT = "launch.backend=torch,tensorflow"
@@ -98,14 +98,7 @@ def _values(raw: str) -> list[Any]:
     try:
         return list(tomllib.loads(f"values = [{raw}]")["values"])
     except tomllib.TOMLDecodeError:
-        return [_value(part.strip()) for part in raw.split(",")]
-
-
-def _value(raw: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        return raw
+        return [read_value(part.strip()) for part in raw.split(",")]
 
 
 def _assignment(key: str, value: Any) -> str:
@@ -155,13 +148,7 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 
 def flat_values(config: Config) -> dict[str, Any]:
     """Every value of a config by its key."""
-    flat: dict[str, Any] = {}
-    for section, values in config.model_dump(mode="json").items():
-        if isinstance(values, dict):
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
-            flat[section] = values
-    return flat
+    return flatten(config.model_dump(mode="json"))
 
 
 def _word(key: str, value: Any) -> str:

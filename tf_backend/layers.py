@@ -3,7 +3,9 @@ G heads of keys and values, K head width, F feed-forward width, V vocabulary."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -170,7 +172,90 @@ def rotate(x_BHLK: tf.Tensor, rotary: tuple[tf.Tensor, tf.Tensor] | None) -> tf.
     return turn(x_BHLK)
 
 
-def _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site, half):
+@dataclass(frozen=True)
+class _Given:
+    """What `attention` is given beside queries, keys and values; words of rows are (B H, L), and
+    `times` are the heads of queries that a head of keys serves."""
+
+    sight: Sight
+    scale: float
+    noise: tuple[tf.Tensor, tf.Tensor] | Native | None
+    rate: float
+    heads: int
+    times: int
+    site: tuple[str, str]
+    half: tf.DType | None
+
+
+class _Rows(NamedTuple):
+    """A block of query rows, from `start` to `end`, which see no key from `last` on."""
+
+    start: int
+    end: int
+    last: int
+
+
+def _row_blocks(length, keys, causal):
+    step = ROW_BLOCK if causal else FREE_ROWS
+    ends = [(start, min(start + step, length)) for start in range(0, length, step)]
+    return [_Rows(start, end, end if causal else keys) for start, end in ends]
+
+
+def _by_head(x, heads):
+    return tf.reshape(x, [-1, heads, *x.shape[-2:]])
+
+
+def _scaled(x, factor):
+    return x if factor == 1 else x * factor
+
+
+def _probabilities(scores, bias, rows, given):
+    """Softmax of one block's scores with all that is added to them."""
+    sight, (start, end, last) = given.sight, rows
+    part = (slice(None), slice(start, end), slice(0, last))
+    added = [x[part] for x in bias]
+    if sight.mask is not None:
+        added.append(sight.mask[part][:, None])
+    by_head = bool(added)
+    if sight.causal:
+        shape, full_type = (end - start, last), scores.dtype.as_numpy_dtype
+        added.insert(0, np.triu(np.full(shape, -np.inf, full_type), start + 1))
+    if added:
+        total = functools.reduce(operator.add, added)
+        scores = (_by_head(scores, given.heads) if by_head else scores) + total
+    _note("scores", scores, rows, given)
+    probabilities = tf.reshape(tf.nn.softmax(scores), [-1, end - start, last])
+    _note("probabilities", probabilities, rows, given)
+    return probabilities
+
+
+def _dropped(probabilities, rows, given):
+    """One block's probabilities after dropout, and which are kept: None where all are."""
+    noise, (start, end, last) = given.noise, rows
+    if noise is None:
+        return probabilities, None
+    if isinstance(noise, Native):
+        shape = tf.shape(probabilities)
+        keep = tf.random.stateless_uniform(shape, tf.add(noise.seed, [0, start])) >= given.rate
+    else:
+        keep = keep_mask(noise[0][:, start:end], noise[1][:last], given.rate)
+    dropped = _times_keep(probabilities, keep, given.rate)
+    _note("dropped", dropped, rows, given)
+    return dropped, keep
+
+
+def _through_softmax(gradient, inner_sum, probabilities, keep, rows, given):
+    """One block's gradient of scores, of the one of probabilities after dropout."""
+    if keep is not None:
+        gradient = _times_keep(gradient, keep, given.rate)
+    gradient = (gradient - inner_sum[:, rows.start : rows.end]) * probabilities
+    if given.sight.seeing is None:
+        return gradient
+    shape, seeing = tf.shape(gradient), given.sight.seeing[:, None, rows.start : rows.end]
+    return tf.reshape(_by_head(gradient, given.heads) * seeing, shape)
+
+
+def _blockwise(query, key, value, given):
     """Attention of some query rows at a time, so that what they work on stays in the cache, with
     probabilities kept for the backward. A causal one never touches the keys after them. Queries
     (B H, L, K), keys and values (B G, M, K), lengths known when traced.
@@ -178,72 +263,25 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site,
     With p = softmax(s), m = keep / (1 - rate), o = (p m) v and g = dL/do:
     dv = (p m)^T g and ds = p (m (g v^T) - rowsum(g o)), since rowsum(p m (g v^T)) = rowsum(g o).
     """
-    length, keys = query.shape[1], key.shape[1]
-    if noise is not None and not isinstance(noise, Native):
-        rows, columns = tf.reshape(noise[0], [-1, length]), noise[1]
-    step = ROW_BLOCK if sight.causal else FREE_ROWS
-    blocks = []
-    for start in range(0, length, step):
-        end = min(start + step, length)
-        blocks.append((start, end, end if sight.causal else keys))
-    later = None
-    if sight.causal:
-        later = np.triu(np.full((length, length), -np.inf, full(query).dtype.as_numpy_dtype), 1)
-
-    def scaled(x):
-        # The queries and not the scores, which are larger; but a half would be rounded once more.
-        return x * scale if half is None and scale != 1 else x
-
-    def by_head(x):
-        return tf.reshape(x, [-1, heads, *x.shape[-2:]])
-
-    def note(name, x, start, seen):
-        if seen is not None:
-            record_rows(f"{site[0]}.{name}", by_head(x), start, heads, site[1], seen=seen)
-
-    def softmax(scores, bias, start, end, last):
-        """Of scores with all that is added to them."""
-        part = (slice(None), slice(start, end), slice(0, last))
-        added = [] if later is None else [later[part[1:]]]
-        added += [x[part] for x in bias]
-        if sight.mask is not None:
-            added.append(sight.mask[part][:, None])
-        for x in added[1:]:
-            added[0] = added[0] + x
-        if len(added) > (later is not None):
-            scores = by_head(scores) + added[0]
-        elif added:
-            scores = scores + added[0]
-        seen = _seen(sight, start, end, last)
-        note("scores", scores, start, seen)
-        probabilities = tf.reshape(tf.nn.softmax(scores), [-1, end - start, last])
-        note("probabilities", probabilities, start, seen)
-        return probabilities
+    half, times, keys, sight = given.half, given.times, key.shape[1], given.sight
+    blocks = _row_blocks(query.shape[1], keys, sight.causal)
+    # The queries and not the scores, which are larger; but a half would be rounded once more.
+    early, late = (given.scale, 1) if half is None else (1, given.scale)
 
     @tf.custom_gradient
     def attend(query, key, value, *bias):
-        query, key, value = scaled(operand(query, half)), operand(key, half), operand(value, half)
+        query, key, value = (operand(x, half) for x in (query, key, value))
+        query = _scaled(query, early)
         if times > 1:
             key, value = (tf.repeat(x, times, axis=0) for x in (key, value))
         outputs, saved = [], []
-        for start, end, last in blocks:
-            transposed = tf.transpose(key[:, :last], [0, 2, 1])
-            scores = full(multiply(query[:, start:end], transposed, half))
-            if half is not None and scale != 1:
-                scores *= scale
-            probabilities = softmax(scores, bias, start, end, last)
-            dropped, keep = probabilities, None
-            if isinstance(noise, Native):
-                shape = tf.shape(probabilities)
-                keep = tf.random.stateless_uniform(shape, tf.add(noise.seed, [0, start])) >= rate
-            elif noise is not None:
-                keep = keep_mask(rows[:, start:end], columns[:last], rate)
-            if keep is not None:
-                dropped = _times_keep(probabilities, keep, rate)
-                seen = _seen(sight, start, end, last)
-                note("dropped", dropped, start, seen)
+        for rows in blocks:
+            transposed = tf.transpose(key[:, : rows.last], [0, 2, 1])
+            scores = full(multiply(query[:, rows.start : rows.end], transposed, half))
+            probabilities = _probabilities(_scaled(scores, late), bias, rows, given)
+            dropped, keep = _dropped(probabilities, rows, given)
             dropped = operand(dropped, half)
-            outputs.append(multiply(dropped, value[:, :last], half))
+            outputs.append(multiply(dropped, value[:, : rows.last], half))
             saved.append((probabilities, dropped, keep))
         output = tf.concat(outputs, 1)
 
@@ -252,22 +290,15 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site,
             inner_sum = tf.reduce_sum(full(gradient) * full(output), -1, keepdims=True)
             gradient = operand(gradient, half)
             d_query, d_key, d_value, d_bias = [], [], [], []
-            for (start, end, last), (probabilities, dropped, keep) in zip(
-                blocks, saved, strict=True
-            ):
+            for rows, (probabilities, dropped, keep) in zip(blocks, saved, strict=True):
+                start, end, last = rows
                 part = gradient[:, start:end]
                 d_scores = full(multiply(part, tf.transpose(value[:, :last], [0, 2, 1]), half))
-                if keep is not None:
-                    d_scores = _times_keep(d_scores, keep, rate)
-                d_scores = (d_scores - inner_sum[:, start:end]) * probabilities
-                if sight.seeing is not None:
-                    shape, seeing = tf.shape(d_scores), sight.seeing[:, None, start:end]
-                    d_scores = tf.reshape(by_head(d_scores) * seeing, shape)
+                d_scores = _through_softmax(d_scores, inner_sum, probabilities, keep, rows, given)
                 if bias:
-                    d_bias.append(_padded(tf.reduce_sum(by_head(d_scores), 0), 2, keys))
-                if half is not None and scale != 1:
-                    d_scores *= scale
-                d_scores = operand(d_scores, half)
+                    of_batch = tf.reduce_sum(_by_head(d_scores, given.heads), 0)
+                    d_bias.append(_padded(of_batch, 2, keys))
+                d_scores = operand(_scaled(d_scores, late), half)
                 d_query.append(multiply(d_scores, key[:, :last], half))
                 for total, weights, x in (
                     (d_key, d_scores, query[:, start:end]),
@@ -275,7 +306,7 @@ def _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site,
                 ):
                     share = full(multiply(tf.transpose(weights, [0, 2, 1]), x, half))
                     total.append(_padded(share, 1, keys))
-            d_query = scaled(tf.concat(d_query, 1))
+            d_query = _scaled(tf.concat(d_query, 1), early)
             d_key, d_value = (tf.add_n(total) for total in (d_key, d_value))
             if times > 1:
                 shape = [-1, times, *d_key.shape[1:]]
@@ -296,14 +327,16 @@ def _padded(x, axis: int, size: int):
     return tf.pad(x, [[0, missing if i == axis else 0] for i in range(len(x.shape))])
 
 
-def _seen(sight: Sight, start: int, end: int, last: int) -> np.ndarray | None:
-    """`seen` of `record_rows` for the query rows from `start` to `end`, (B or 1, 1, rows, keys)."""
+def _note(name, x, rows, given) -> None:
+    """Record one block's (B H, rows, keys) or (B, H, rows, keys), if a forward is traced."""
     if not traced():
-        return None
+        return
+    sight, heads, (start, end, last) = given.sight, given.heads, rows
     seen = np.tril(np.ones((1, 1, end - start, last), bool), start if sight.causal else last)
     if sight.mask is not None:
         seen = seen & (sight.mask[:, None, start:end, :last].numpy() == 0)
-    return seen
+    where, block = given.site
+    record_rows(f"{where}.{name}", _by_head(x, heads), start, heads, block, seen=seen)
 
 
 def _plain(query_BHLK, key_BGMK, value_BGMK, sight, scale, half):
@@ -347,7 +380,10 @@ def attention(
     query = tf.reshape(query_BHLK, [-1, length, width])
     key, value = (tf.reshape(x, [-1, keys, width]) for x in (key_BGMK, value_BGMK))
     noise = noise if rate else None
-    output = _blockwise(query, key, value, sight, scale, noise, rate, heads, times, site, half)
+    if noise is not None and not isinstance(noise, Native):
+        noise = tf.reshape(noise[0], [-1, length]), noise[1]
+    given = _Given(sight, scale, noise, rate, heads, times, site, half)
+    output = _blockwise(query, key, value, given)
     return tf.reshape(output, [-1, heads, length, width])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -13,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from horovod_lm.bench.rounds import Sample
 from horovod_lm.config import Config, with_keys
@@ -27,8 +26,8 @@ from horovod_lm.launch import (
     kill_all,
     launch_command,
     launch_environment,
-    members,
     new_marker,
+    send_all,
 )
 
 START_SECONDS = 600  # a compilation on a busy machine takes its time
@@ -144,7 +143,7 @@ class Process:
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Wake it, let it do what is asked, put it to sleep; its answer."""
-        _signal(self._job.marker, asleep=False)
+        send_all(self._job.marker, signal.SIGCONT)
         try:
             self._answers.write(json.dumps(question) + "\n")
             self._answers.flush()
@@ -180,7 +179,7 @@ class Process:
         return answer
 
     def _sleep(self) -> None:
-        _signal(self._job.marker, asleep=True)
+        send_all(self._job.marker, signal.SIGSTOP)
 
     def _failed(self) -> RunFailed:
         self._job.wait(10.0)  # the connection closes before the process has ended
@@ -222,16 +221,3 @@ class Together:
         with ThreadPoolExecutor(len(self._turns)) as pool:
             samples = list(pool.map(lambda one: one.run(seconds), self._turns))
         return Sample(1.0, sum(sample.rate for sample in samples))
-
-
-def _signal(marker: str, asleep: bool) -> None:
-    """Stop or continue every process of a job; one may be born while others are stopped."""
-    seen: set[int] = set()
-    while new := [process for process in members(marker) if process.pid not in seen]:
-        for process in new:
-            with suppress(psutil.Error):
-                if asleep:
-                    process.suspend()
-                else:
-                    process.resume()
-        seen |= {process.pid for process in new}

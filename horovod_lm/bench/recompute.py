@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from horovod_lm.bench.display import Display
 from horovod_lm.bench.processes import Stage
-from horovod_lm.bench.result import BenchResult, Column, Ratio
+from horovod_lm.bench.result import BenchResult, Column
 from horovod_lm.bench.rounds import interleave
 from horovod_lm.bench.training import start_own, step_tokens
+from horovod_lm.bench.variants import STEP_COLUMNS, step_row, step_settings, time_ratio
 from horovod_lm.config import Config, with_keys
 
 VARIANTS = {"kept": False, "recomputed": True}
@@ -17,17 +18,12 @@ VARIANTS = {"kept": False, "recomputed": True}
 def measure(config: Config, *, backends: Sequence[str], rounds: int, seconds: float) -> BenchResult:
     """Measure steps that keep all activations and steps that make each block's anew in the
     backward, each in a process of its own, whose peak of resident memory is compared."""
-    threads, tokens = config.launch.threads or 1, step_tokens(config)
-    result = BenchResult("recompute", "Activations kept and recomputed", [])
-    result.columns = [
-        Column("backend", "backend"),
-        Column("variant", "variant"),
-        Column("step_ms", "step, ms", 4),
-        Column("tokens_per_second", "tokens/s", 4),
-        Column("memory_mib", "MiB", 4),
-    ]
-    result.settings |= {"threads": threads, "rounds": rounds, "seconds": seconds}
-    result.settings |= {"tokens_per_step": tokens, "parameters": config.model.size}
+    result = BenchResult(
+        "recompute",
+        "Activations kept and recomputed",
+        [*STEP_COLUMNS, Column("memory_mib", "MiB", 4)],
+        step_settings(config, rounds, seconds),
+    )
     turns = len(backends) * len(VARIANTS) * rounds
     with Stage() as stage, Display(turns, "tokens") as display:
         for backend in backends:
@@ -39,19 +35,9 @@ def measure(config: Config, *, backends: Sequence[str], rounds: int, seconds: fl
                 contestants.append(start_own(stage, variant).contestant(name))
             found = interleave(contestants, rounds, seconds, display.turn)
             for contestant in contestants:
-                rate = found.rate(contestant.label)
-                result.rows.append(
-                    {
-                        "backend": backend,
-                        "variant": contestant.label,
-                        "step_ms": 1e3 * tokens / rate,
-                        "tokens_per_second": rate,
-                        "memory_mib": contestant.memory_mib,
-                    }
-                )
-            value, interval = found.ratio("kept", "recomputed")  # of times: rates turned round
-            label = "step time, recomputed / kept"
-            result.ratios.append(Ratio(label, value, interval, None, True, {"backend": backend}))
+                row = step_row(backend, contestant.label, found, step_tokens(config))
+                result.rows.append(row | {"memory_mib": contestant.memory_mib})
+            result.ratios.append(time_ratio(backend, found, "recomputed", "kept"))
             kept, recomputed = (contestant.memory_mib for contestant in contestants)
             result.notes.append(
                 f"{backend}: the peak of memory is {kept:,.0f} MiB, and {recomputed:,.0f} MiB with "

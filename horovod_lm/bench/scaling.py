@@ -102,19 +102,12 @@ def measure(
             f"train.global_batch_size = {batch} can't be shared by {max(ranks)} ranks; "
             f"raise it, or give --modes weak"
         )
-    several = sorted(set(ranks) - {1})
-    jobs = [Job(backend, "mpirun", 1) for backend in backends]
-    several_launchers = [*launchers, *([APART] if "weak" in modes else [])]
-    jobs += [
-        Job(backend, name, n) for n in several for name in several_launchers for backend in backends
-    ]
-    jobs += [Job(kind, "torchrun", n) for n in [1, *several] for kind in kinds]
+    jobs = _jobs(ranks, launchers, modes, backends, kinds)
     lanes, measured = _race(config, jobs, modes, rounds, seconds)
     result = BenchResult(
         "scaling",
         f"Training on ranks of {threads} thread{'' if threads == 1 else 's'}, "
-        f"width {config.model.width}, {config.model.layers} layers, "
-        f"context {config.model.context}",
+        f"width {config.model.width}, {config.model.layers} layers, context {config.model.context}",
         COLUMNS,
         settings={
             "rounds": rounds,
@@ -126,19 +119,42 @@ def measure(
         },
     )
     _report(result, lanes, measured, kinds)
-    result.notes = [
+    result.notes = _notes(max(ranks), threads)
+    return result
+
+
+def _jobs(
+    ranks: Sequence[int],
+    launchers: Sequence[str],
+    modes: Sequence[str],
+    backends: Sequence[str],
+    peers: Sequence[PeerKind],
+) -> list[Job]:
+    """Every job that is measured, those of one rank among them."""
+    several = sorted(set(ranks) - {1})
+    ways = [*launchers, *([APART] if "weak" in modes else [])]
+    jobs = [Job(backend, "mpirun", 1) for backend in backends]
+    jobs += [Job(backend, way, n) for n in several for way in ways for backend in backends]
+    jobs += [Job(peer, "torchrun", n) for n in [1, *several] for peer in peers]
+    return jobs
+
+
+def _notes(ranks: int, threads: int) -> list[str]:
+    """What a reader must know; `ranks` are the most that were measured."""
+    notes = [
         "Weak: every rank has the batch of one rank; strong: the ranks share it. "
         "Efficiency is the rate over ranks x the rate of one rank.",
         "Apart: runs of one rank each at the same time, which do not communicate; what they lose "
         "to one alone, they lose to shared caches, memory and clock rate.",
         "DDP is torch's DistributedDataParallel over Gloo, started by torchrun.",
     ]
-    if max(ranks) * threads > usable_cores():
-        result.notes.append(
-            f"{max(ranks)} ranks share {usable_cores()} cores here: they take turns, so their "
-            "efficiency says little."
+    cores = usable_cores()
+    if ranks * threads > cores:
+        notes.append(
+            f"{ranks} ranks share {cores} cores here: they take turns, so their efficiency says "
+            "little."
         )
-    return result
+    return notes
 
 
 def _race(

@@ -1,4 +1,5 @@
-"""Variants of one training in one process, so that nothing but the variant differs."""
+"""Step times of variants of one training: in one process, so that nothing but the variant differs,
+and what others that measure step times say in the same words."""
 
 from __future__ import annotations
 
@@ -11,6 +12,40 @@ from horovod_lm.bench.result import BenchResult, Column, Ratio
 from horovod_lm.bench.rounds import Rounds, interleave
 from horovod_lm.bench.training import OwnTraining, step_tokens
 from horovod_lm.config import Config, with_keys
+
+STEP_COLUMNS = (
+    Column("backend", "backend"),
+    Column("variant", "variant"),
+    Column("step_ms", "step, ms", 4),
+    Column("tokens_per_second", "tokens/s", 4),
+)
+
+
+def step_settings(config: Config, rounds: int, seconds: float) -> dict[str, Any]:
+    """The settings of a result of step times."""
+    return {
+        "threads": config.launch.threads or 1,
+        "rounds": rounds,
+        "seconds": seconds,
+        "tokens_per_step": step_tokens(config),
+        "parameters": config.model.size,
+    }
+
+
+def step_row(backend: str, variant: str, found: Rounds, tokens: int) -> dict[str, Any]:
+    """The row of a variant, whose steps have so many tokens, in the table of `STEP_COLUMNS`."""
+    rate = found.rate(variant)
+    row = {"backend": backend, "variant": variant}
+    return row | {"step_ms": 1e3 * tokens / rate, "tokens_per_second": rate}
+
+
+def time_ratio(
+    backend: str, found: Rounds, first: str, second: str, aim: float | None = None
+) -> Ratio:
+    """The ratio of two variants' step times, and the most that it should be."""
+    value, interval = found.ratio(second, first)  # of times, so rates the other way round
+    label = f"step time, {first} / {second}"
+    return Ratio(label, value, interval, aim, True, {"backend": backend})
 
 
 class Variants:
@@ -49,7 +84,7 @@ def compare_variants(
     should be. `work` makes the `Variants` in a process for each backend.
     """
     config = next(iter(configs.values()))
-    threads, tokens = config.launch.threads or 1, step_tokens(config)
+    threads = config.launch.threads or 1
     measured: dict[str, Rounds] = {}
     with Stage() as stage, Display(len(backends) * len(configs) * rounds, "tokens") as display:
         for backend in backends:
@@ -66,24 +101,9 @@ def compare_variants(
             )
             contestants = [process.contestant(name, name) for name in configs]
             measured[backend] = interleave(contestants, rounds, seconds, display.turn)
-    result.columns = [
-        Column("backend", "backend"),
-        Column("variant", "variant"),
-        Column("step_ms", "step, ms", 4),
-        Column("tokens_per_second", "tokens/s", 4),
-    ]
-    result.settings |= {"threads": threads, "rounds": rounds, "seconds": seconds}
-    result.settings |= {
-        "tokens_per_step": tokens,
-        "parameters": config.model.size,
-    }
+    result.columns = STEP_COLUMNS
+    result.settings |= step_settings(config, rounds, seconds)
     for backend, found in measured.items():
-        for name in configs:
-            rate = found.rate(name)
-            row = {"backend": backend, "variant": name}
-            result.rows.append(row | {"step_ms": 1e3 * tokens / rate, "tokens_per_second": rate})
-        for first, second, aim in figures:
-            value, interval = found.ratio(second, first)  # of times, so rates the other way round
-            label = f"step time, {first} / {second}"
-            result.ratios.append(Ratio(label, value, interval, aim, True, {"backend": backend}))
+        result.rows += [step_row(backend, name, found, step_tokens(config)) for name in configs]
+        result.ratios += [time_ratio(backend, found, *figure) for figure in figures]
     return result

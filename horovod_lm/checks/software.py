@@ -8,13 +8,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from horovod_lm.checks.finding import BACKENDS, SECONDS, Finding, Level
-from horovod_lm.installed import BUILDER, DISTRIBUTIONS, Horovod, build_command, version_of
+from horovod_lm.installed import (
+    BUILDER,
+    DISTRIBUTIONS,
+    Horovod,
+    build_command,
+    find_program,
+    version_of,
+)
 
 
 def check_python(_: list[Finding]) -> Iterator[Finding]:
@@ -93,17 +99,11 @@ def check_compiler(_: list[Finding]) -> Iterator[Finding]:
         )
     else:
         yield Finding("make", "ok", first_line("make", "--version"))
-    cmake = beside("cmake")
+    cmake = find_program("cmake")
     if cmake is None:
         yield Finding("cmake", "note", "no cmake; the build of Horovod fetches one for itself")
     else:
         yield Finding("cmake", "ok", first_line(cmake, "--version"))
-
-
-def beside(program: str) -> str | None:
-    """A program's path, beside the interpreter first: the environment need not be active."""
-    beside = Path(sys.executable).parent / program
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which(program)
 
 
 def first_line(*command: str) -> str:

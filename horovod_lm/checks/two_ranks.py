@@ -10,8 +10,8 @@ from pathlib import Path
 
 from horovod_lm import topology
 from horovod_lm.checks.finding import BACKENDS, SECONDS, Finding
-from horovod_lm.checks.software import beside, build, first_line, pip
-from horovod_lm.installed import Horovod, build_command, version_of
+from horovod_lm.checks.software import build, first_line, pip
+from horovod_lm.installed import Horovod, build_command, find_program, version_of
 
 STEP = """\
 name = "doctor"
@@ -38,7 +38,7 @@ def check_mpi(_: list[Finding]) -> Iterator[Finding]:
     if _without_mpi():
         yield Finding("mpi", "note", "Horovod was built without MPI: ranks start by horovodrun")
         return
-    mpirun = beside("mpirun")
+    mpirun = find_program("mpirun")
     if mpirun is None:
         yield Finding(
             "mpi",

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 config_argument = click.argument("config", type=click.Path(path_type=Path))
 
 
-def _complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+def complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """Keys of a config, each with the sign that a value follows."""
     from horovod_lm.config import known_keys
 
     return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
@@ -40,7 +41,7 @@ set_option = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    shell_complete=_complete_key,
+    shell_complete=complete_key,
     help="Set a key of the config, as in --set train.steps=50. Repeatable.",
 )
 

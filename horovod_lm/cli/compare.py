@@ -9,6 +9,7 @@ import click
 
 from horovod_lm.cli import BEGAN
 from horovod_lm.cli.common import (
+    complete_key,
     config_argument,
     folder_of,
     json_option,
@@ -35,12 +36,6 @@ Examples:
   horovod-lm compare my.toml -np 4 --rounds 12 --output runs/compared --json"""
 
 
-def _complete_vary(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    from horovod_lm.config import known_keys
-
-    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
-
-
 @click.command(epilog=EPILOG)
 @config_argument
 @launch_options
@@ -48,7 +43,7 @@ def _complete_vary(_: click.Context, __: click.Parameter, incomplete: str) -> li
     "--vary",
     multiple=True,
     metavar="KEY=A,B",
-    shell_complete=_complete_vary,
+    shell_complete=complete_key,
     help="Compare values of a key; the part behind its last dot will do. Repeatable: all "
     "combinations are compared, with the first. Default: backend=torch,tensorflow.",
 )

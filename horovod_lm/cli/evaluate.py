@@ -1,6 +1,5 @@
 """`horovod-lm evaluate`."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
     """
     from contextlib import redirect_stdout
 
+    from horovod_lm.hooks import finite
     from horovod_lm.restored import evaluate, restore
 
     with redirect_stdout(sys.stderr):  # the result alone belongs on stdout
@@ -37,9 +37,9 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
         import json
 
         # JSON has no infinity, which a perplexity can be.
-        result["losses"] = {k: _plain(v) for k, v in result["losses"].items()}
-        finite = {k: v if k == "losses" else _plain(v) for k, v in result.items()}
-        click.echo(json.dumps(finite))
+        result["losses"] = {k: finite(v) for k, v in result["losses"].items()}
+        figures = {k: v if k == "losses" else finite(v) for k, v in result.items()}
+        click.echo(json.dumps(figures))
     elif len(result["losses"]) > 1:
         parts = ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items())
         click.echo(
@@ -51,7 +51,3 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
             f"step {result['step']}: validation loss {result['loss']:.4f} nats per token, "
             f"perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
         )
-
-
-def _plain(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,42 +118,68 @@ def _take(
     folder: Path, family: Family, config: Json, weights: Weights, keep_extra: bool
 ) -> tuple[ModelSpec, dict[str, np.ndarray], dict[str, Tensor]]:
     """Every tensor to its place."""
-    given = weights.tensors
-    names = full_names(family, list(given))
-    found = {full: given[name] for name, full in names.items()}
-    own = {full: name for name, full in names.items()}
-    if len(found) != len(given):
-        twice = next(name for name, full in names.items() if own[full] != name)
-        raise UserError(f"{folder}: {twice} and {own[names[twice]]} are one tensor")
+    found = _by_full_name(folder, family, weights)
 
     def same(one: str, other: str) -> bool:
-        a, b = found.get(one), found.get(other)
-        return a is not None and b is not None and _equal(a, b)
+        return one in found and other in found and _equal(found[one][1], found[other][1])
 
-    shapes = Shapes({name: t.shape for name, t in found.items()}, same)
+    shapes = Shapes({name: tensor.shape for name, (_, tensor) in found.items()}, same)
     spec = spec_of(family, config, shapes)
-    wanted = {p.name: p.shape for p in spec.parameters}
     rows = {row.name: row for row in rows_of(family, spec)}
+    values = _values(folder, spec, rows, found)
+    left = [name for name in found if name not in rows]
+    kept = re.compile("|".join(family.kept)) if family.kept else None
+    for name in left:
+        if not keep_extra and not (kept and kept.fullmatch(name)):
+            raise UserError(
+                f"{folder}: the tensor {found[name][0]} has no place in a model of type "
+                f"{family.name}; --keep-extra carries such tensors along, unused"
+            )
+    # The files may lie in a folder that is about to go.
+    extra = {
+        own: Tensor(tensor.dtype, tensor.shape, np.array(tensor.data))
+        for own, tensor in (found[name] for name in left)
+    }
+    return spec, values, extra
+
+
+def _by_full_name(folder: Path, family: Family, weights: Weights) -> dict[str, tuple[str, Tensor]]:
+    """By the full name of a tensor, the file's own name of it and the tensor."""
+    given = weights.tensors
+    found: dict[str, tuple[str, Tensor]] = {}
+    for own, full in full_names(family, list(given)).items():
+        if full in found:
+            raise UserError(f"{folder}: {found[full][0]} and {own} are one tensor")
+        found[full] = own, given[own]
+    return found
+
+
+def _values(
+    folder: Path, spec: ModelSpec, rows: Mapping[str, Row], found: Mapping[str, tuple[str, Tensor]]
+) -> dict[str, np.ndarray]:
+    """The spec's parameters, in its order. Raises `UserError` for a tensor that is missing, or is
+    not what `rows` ask for."""
+    wanted = {p.name: p.shape for p in spec.parameters}
     values: dict[str, np.ndarray] = {}
     source: dict[str, str] = {}
     for name, row in rows.items():
         if name not in found:
             continue
-        tensor, shape = found[name], row.shape(wanted)
+        (own, tensor), shape = found[name], row.shape(wanted)
         if tensor.shape != shape:
             raise UserError(
-                f"{folder}: {own[name]} has shape {list(tensor.shape)}, and config.json asks for "
+                f"{folder}: {own} has shape {list(tensor.shape)}, and config.json asks for "
                 f"{list(shape)}"
             )
         if tensor.dtype not in tensors.READ:
             raise UserError(
-                f"{folder}: {own[name]} has type {tensor.dtype}; allowed: {', '.join(tensors.READ)}"
+                f"{folder}: {own} has type {tensor.dtype}; allowed: {', '.join(tensors.READ)}"
             )
         first = source.setdefault(row.parts[0], name)
         if first != name:
-            if not _equal(found[first], tensor):
+            if not _equal(found[first][1], tensor):
                 raise UserError(
-                    f"{folder}: {own[name]} differs from {own[first]}, and config.json has them "
+                    f"{folder}: {own} differs from {found[first][0]}, and config.json has them "
                     "tied (tie_word_embeddings)"
                 )
             continue
@@ -164,18 +190,7 @@ def _take(
             raise UserError(f"{folder}: the tensor {name} is missing")
     lost = [name for name in wanted if name not in values]
     assert not lost, lost
-    left = [name for name in found if name not in rows]
-    kept = re.compile("|".join(family.kept)) if family.kept else None
-    for name in left:
-        if not keep_extra and not (kept and kept.fullmatch(name)):
-            raise UserError(
-                f"{folder}: the tensor {own[name]} has no place in a model of type {family.name}; "
-                "--keep-extra carries such tensors along, unused"
-            )
-    extra = {own[name]: found[name] for name in left}
-    # The files may lie in a folder that is about to go.
-    extra = {n: Tensor(t.dtype, t.shape, np.array(t.data)) for n, t in extra.items()}
-    return spec, {name: values[name] for name in wanted}, extra
+    return {name: values[name] for name in wanted}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -188,6 +203,13 @@ def rows_of(family: Family, spec: ModelSpec) -> list[Row]:
     names = {p.name for p in spec.parameters}
     rows = family.rows(spec) if spec.kind == family.kind else []
     return [row for row in rows if all(p in names or p.endswith(".key.bias") for p in row.parts)]
+
+
+def _shapes(spec: ModelSpec, rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the spec's parameters, and of biases on keys that `rows` have."""
+    keys = (spec.key_value_count * spec.head_width,)
+    biases = {part: keys for row in rows for part in row.parts if part.endswith(".key.bias")}
+    return {parameter.name: parameter.shape for parameter in spec.parameters} | biases
 
 
 def spec_of(family: Family, config: Json, shapes: Shapes) -> ModelSpec:
@@ -250,13 +272,7 @@ def _differences(family: Family, config: Json, spec: ModelSpec) -> list[str]:
     rows = rows_of(family, spec)
     if not rows:
         return [f'kind = "{spec.kind}"']
-    wanted = {p.name: p.shape for p in spec.parameters}
-    wanted |= {
-        name: (spec.key_value_count * spec.head_width,)
-        for row in rows
-        for name in row.parts
-        if name.endswith(".key.bias")
-    }
+    wanted = _shapes(spec, rows)
     shapes = {row.name: row.shape(wanted) for row in rows if not row.copy}
     try:
         read = _identity(spec_of(family, config, Shapes(shapes, lambda *_: False)))
@@ -295,10 +311,8 @@ def plan(spec: ModelSpec, more: Json | None = None) -> Plan:
 
 
 def _header(family: Family, spec: ModelSpec) -> str:
-    shapes = {p.name: p.shape for p in spec.parameters}
-    keys = (spec.key_value_count * spec.head_width,)
     rows = [row for row in rows_of(family, spec) if not row.copy]
-    shapes |= {p: keys for row in rows for p in row.parts if p.endswith(".key.bias")}
+    shapes = _shapes(spec, rows)
     return tensors.header_of({row.name: ("F32", row.shape(shapes)) for row in rows})
 
 

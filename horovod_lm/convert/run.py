@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from horovod_lm import checkpoint
 from horovod_lm.backend import EngineState, load_backend
-from horovod_lm.config import Config, Data, load_config, make_config
+from horovod_lm.config import Config, make_config
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.family import Family
@@ -78,7 +78,7 @@ def import_run(
     model = hf.read_model(source, tools("torch").legacy_weights if legacy else None, keep_extra)
     own = run.resolve() / IMPORTED
     data: dict[str, Any] = {"vocabulary": model.spec.vocabulary}
-    if files.TOKENIZER in model.companions and "tokenizer" in Data.model_fields:
+    if files.TOKENIZER in model.companions:
         data["tokenizer"] = str(own / files.TOKENIZER)
     fields = model.spec.model_dump(mode="json", exclude={"vocabulary"}, exclude_none=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", run.resolve().name)[:80] or "imported"
@@ -101,6 +101,24 @@ def claim_new(target: Path) -> None:
         raise UserError(f"{target} is there already; give another path")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give another folder")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to make and fill, which becomes `target` when the context ends well; of one that
+    does not, nothing stays. Raises `UserError` where it can't be written."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{target} can't be written: {reason}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_run(run: Path, config: Config, model: hf.Model, source: Path) -> None:
@@ -189,34 +207,17 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
     else:
         family, headers = imported.family, imported.headers
         extra, companions = imported.extra, imported.companions
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(target) as partial:
         partial.mkdir(parents=True)
         for name, content in companions.items():
             (partial / name).write_bytes(content)
         hf.write_weights(partial, family, spec, weights, headers, extra)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise UserError(
-            f"{target} can't be written: {(error.strerror or str(error)).lower()}"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return family.name
 
 
 def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
     """The config of a run and the weights of its newest checkpoint."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
-    config = load_config(run / "config.toml")
-    path = checkpoint.newest(run / "checkpoints")
-    if path is None:
-        raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
-    checkpoint.check_model(path, config.model)
+    config, path = checkpoint.of_run(run)
     weights = checkpoint.load(path).engine.weights
     return config, {name: array.astype("f", copy=False) for name, array in weights.items()}
 
@@ -232,8 +233,7 @@ def _tokenizer(config: Config, log: Log) -> dict[str, bytes]:
         return {}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     text = (prepared.folder / "tokenizer.json").read_bytes()
-    ids: dict[str, int] = dict(getattr(prepared.tokenizer, "special", {}))
-    ids = {"end": prepared.tokenizer.end} | ids
+    ids = prepared.tokenizer.special
     words = {}
     with suppress(ValueError, KeyError, TypeError):
         words = {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}

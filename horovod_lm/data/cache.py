@@ -4,6 +4,7 @@ whole or not at all."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import time
@@ -25,6 +26,11 @@ def cache_folder() -> Path:
     # The XDG specification has relative paths ignored.
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "horovod_lm" / "data"
+
+
+def sha256(data: bytes) -> str:
+    """The digest by which things are told apart here, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Buckets:
         ]
         self._first = np.concatenate([[0], np.cumsum(batches)])
         self._samplers = [
-            Sampler(len(part), 1, int(Keys(seed, "bucket")(index)[0]))
+            Sampler(len(part), int(Keys(seed, "bucket")(index)[0]))
             for index, part in enumerate(self._members)
         ]
         self.units = int(self._first[-1])

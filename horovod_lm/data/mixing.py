@@ -32,12 +32,12 @@ class Mixer:
 
     def __init__(self, units: Sequence[int], shares: Sequence[float], seed: int) -> None:
         self._samplers = [
-            Sampler(count, 1, seed if not index else int(Keys(seed, "source")(index)[0]))
+            Sampler(count, seed if not index else int(Keys(seed, "source")(index)[0]))
             for index, count in enumerate(units)
         ]
-        self.counts = _whole(np.asarray(shares, dtype=np.float64))
+        self.counts = dealt(CYCLE, shares)
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._slots = Sampler(CYCLE, 1, int(Keys(seed, "sources")()[0]))
+        self._slots = Sampler(CYCLE, int(Keys(seed, "sources")()[0]))
 
     def take(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sources, epochs and units at `places` (…,), int64."""
@@ -53,11 +53,14 @@ class Mixer:
         return sources, epochs, units
 
 
-def _whole(shares: np.ndarray) -> np.ndarray:
-    """`CYCLE` cut into whole parts in proportion to `shares`, at least 1 each, int64."""
+def dealt(count: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
+    """`count` things dealt in proportion to `shares`, at least 1 each, by largest remainders:
+    (shares,) int64."""
+    weights = np.asarray(shares, dtype=np.float64)
+    rest = count - len(weights)
     # Rounded, so that the last bit of a logarithm, which differs between processors, has no say.
-    exact = np.round((CYCLE - len(shares)) * shares / shares.sum(), 6)
+    exact = np.round(rest * weights / weights.sum(), 6)
     counts = np.floor(exact).astype(np.int64)
-    missing = CYCLE - len(shares) - int(counts.sum())
+    missing = rest - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     return counts + 1

@@ -1,4 +1,4 @@
-"""Which windows form global batch k: a function of (seed, k) alone."""
+"""In which order windows come: a function of the seed and the place alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _ROUNDS = 8
 
 
 class Sampler:
-    """Every epoch goes through all windows once, in an order keyed by (seed, epoch); batches
-    follow one another without regard to where an epoch ends.
+    """Every epoch goes through all windows once, in an order keyed by (seed, epoch); epochs follow
+    one another without end.
 
     The order is a format-preserving permutation, so it takes no memory and any place in it is
     found at once: a Feistel network over pairs (i, j), 0 <= i < a, 0 <= j < b, with a b barely
@@ -22,18 +22,14 @@ class Sampler:
     bits, the same everywhere.
     """
 
-    def __init__(self, windows: int, batch_size: int, seed: int) -> None:
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+    def __init__(self, windows: int, seed: int) -> None:
+        self.windows, self.seed = windows, seed
         side = math.isqrt(windows - 1) + 1  # the ceiling of the root
         self._sides = np.uint64(side), np.uint64(-(-windows // side))
 
-    def rows(self, step: int) -> np.ndarray:
-        """The window numbers of global batch `step`, (batch_size,) int64, each from 0 to
-        windows - 1."""
-        return self.take(np.arange(step * self.batch_size, (step + 1) * self.batch_size))[1]
-
     def take(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The epochs and the window numbers at `places` (…,) of the endless order, int64."""
+        """The epochs and the window numbers, from 0 to windows - 1, at `places` (…,) of the endless
+        order, int64."""
         epochs, places = np.divmod(places.astype(np.uint64), np.uint64(self.windows))
         # An array, since NumPy warns where a single number wraps.
         seeds = np.full(1, self.seed, dtype=np.uint64)

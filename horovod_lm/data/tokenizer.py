@@ -62,30 +62,6 @@ class Tokenizer:
         self.end: int = self.special["end"]
 
     @property
-    def padding(self) -> int | None:
-        return self.special.get("padding")
-
-    @property
-    def mask(self) -> int | None:
-        return self.special.get("mask")
-
-    @property
-    def classify(self) -> int | None:
-        return self.special.get("classify")
-
-    @property
-    def separate(self) -> int | None:
-        return self.special.get("separate")
-
-    @property
-    def begin(self) -> int | None:
-        return self.special.get("begin")
-
-    @property
-    def unknown(self) -> int | None:
-        return self.special.get("unknown")
-
-    @property
     def normaliser(self) -> dict[str, Any] | None:
         """What is done to a text before it is cut, as the `tokenizers` library writes it; None:
         nothing."""

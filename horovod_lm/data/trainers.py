@@ -12,9 +12,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from horovod_lm.data import unigram
 from horovod_lm.data.tokenizer import END_OF_TEXT, SENTINEL
 
-KINDS = ("bpe", "wordpiece", "unigram", "characters")
-NORMALISATIONS = ("nfc", "nfd", "nfkc", "nfkd", "lowercase", "strip_accents")
-SPECIAL = ("padding", "mask", "classify", "separate", "begin")
 _NAMES = {
     "padding": "<pad>",
     "mask": "<mask>",
@@ -41,12 +38,6 @@ _NORMALISERS = {
 }
 
 
-def least(kind: str, special: Iterable[str], sentinels: int) -> int:
-    """The smallest vocabulary of a trained tokenizer."""
-    # WordPiece: a quarter of it for single characters, which come twice.
-    return 256 + len(_special_tokens(kind, special, sentinels))
-
-
 def train(
     texts: Iterable[str],
     vocabulary: int,
@@ -59,9 +50,10 @@ def train(
 
     `kind` is "bpe" (byte-level: Sennrich et al., 2016; Radford et al., 2019), "wordpiece" (Schuster
     and Nakajima, 2012; Devlin et al., 2019), "unigram" (Kudo, 2018; over bytes) or "characters"
-    (the most frequent ones; the rest as bytes). `normalise` are names of `NORMALISATIONS`, done in
-    their order. `special` are names of `SPECIAL` which get tokens beside the one that ends a text;
-    `sentinels` is the number of <extra_id_...>. `texts` are read once, by WordPiece twice.
+    (the most frequent ones; the rest as bytes). `normalise` says what is done to the text first, in
+    this order, `special` which special tokens there are beside the one that ends a text, in the
+    words of the config's `[data]`; `sentinels` is the number of <extra_id_...>. `texts` are read
+    once, by WordPiece twice.
     """
     tokens = _special_tokens(kind, special, sentinels)
     steps = [_NORMALISERS[name]() for name in normalise]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from horovod_lm.config import Config, Objective
 from horovod_lm.data.feeds import Feed
 from horovod_lm.data.layout import Buckets, Layout, Packed, Single
-from horovod_lm.data.mixing import proportions
+from horovod_lm.data.mixing import dealt, proportions
 from horovod_lm.data.stream import TokenStream
 from horovod_lm.errors import UserError
 from horovod_lm.objectives import Corpus, LossKind, Tokenizer
@@ -52,7 +52,13 @@ def make_feeds(
     the model, the tokenizer or the corpora lack."""
     check_kind(config)
     owners = _owners(config)
-    rows = _dealt(config.train.global_batch_size, [table.share for table in owners])
+    size = config.train.global_batch_size
+    if size < len(owners):
+        raise UserError(
+            f"train.global_batch_size = {size} is less than the {len(owners)} objectives that have "
+            "rows of their own; make it larger"
+        )
+    rows = dealt(size, [table.share for table in owners]).tolist()
     maker = _Maker(config, corpora, tokenizer, split)
     return [
         maker.feed(index, table, count)
@@ -98,20 +104,6 @@ def _kind(table: Objective) -> LossKind:
         return LossKind(table.loss_name, table.name, "sequence")
     sparse = table.name == "masked_lm"
     return LossKind(table.loss_name, sparse=sparse, smoothing=table.smoothing, z_loss=table.z_loss)
-
-
-def _dealt(rows: int, shares: Sequence[float]) -> list[int]:
-    """`rows` in proportion to `shares`, at least one each, by largest remainders."""
-    if rows < len(shares):
-        raise UserError(
-            f"train.global_batch_size = {rows} is less than the {len(shares)} objectives that have "
-            "rows of their own; make it larger"
-        )
-    exact = np.round((rows - len(shares)) * np.array(shares) / sum(shares), 6)
-    counts = np.floor(exact).astype(int)
-    missing = rows - len(shares) - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    return (counts + 1).tolist()
 
 
 @dataclass
@@ -209,30 +201,15 @@ class _Maker:
         )
 
     def spans(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
-        return SpanCorruption(
-            corpus,
-            self.config.model.context,
-            self.tokenizer,
-            keys,
-            loss=_kind(table),
-            mean_span=table.mean_span,
-            documents=documents,
-            **_given_density(table),
-        )
-
-    def denoising(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
-        return Denoising(
-            corpus,
-            self.config.model.context,
-            self.tokenizer,
-            keys,
-            loss=_kind(table),
-            mean_span=table.mean_span,
-            permute=table.permute,
-            documents=documents,
-            ends=self._ends if table.permute else None,
-            **_given_density(table),
-        )
+        place = corpus, self.config.model.context, self.tokenizer, keys
+        options: dict[str, Any] = {"loss": _kind(table), "documents": documents}
+        options["mean_span"] = table.mean_span
+        if table.density is not None:  # each objective has a default of its own
+            options["density"] = table.density
+        if table.name == "span_corruption":
+            return SpanCorruption(*place, **options)
+        ends = self._ends if table.permute else None
+        return Denoising(*place, permute=table.permute, ends=ends, **options)
 
     def parallel(self, table: Objective, corpus: Corpus, keys: Keys, documents: bool) -> Examples:
         return SequenceToSequence(
@@ -265,11 +242,6 @@ class _Maker:
         return Buckets(objective, shape, tokens=budget, count=batching.buckets, seed=seed)
 
 
-def _given_density(table: Objective) -> dict[str, float]:
-    """Each objective has a default of its own."""
-    return {} if table.density is None else {"density": table.density}
-
-
 _MAKERS: Mapping[str, Callable[..., Examples]] = {
     "causal_lm": _Maker.causal,
     "prefix_lm": _Maker.causal,
@@ -277,6 +249,6 @@ _MAKERS: Mapping[str, Callable[..., Examples]] = {
     "next_sentence": _Maker.pairs,
     "sentence_order": _Maker.pairs,
     "span_corruption": _Maker.spans,
-    "denoising": _Maker.denoising,
+    "denoising": _Maker.spans,
     "sequence_to_sequence": _Maker.parallel,
 }

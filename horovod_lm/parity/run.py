@@ -110,8 +110,7 @@ def without_native_dropout(config: Config, left_out: list[str]) -> Config:
         'dropout, which is off here: with train.dropout_generator = "native" each framework draws '
         "masks of its own"
     )
-    model = config.model.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0})
-    return config.model_copy(update={"model": model})
+    return with_keys(config, model={"dropout": 0.0, "attention_dropout": 0.0})
 
 
 def make_engines(

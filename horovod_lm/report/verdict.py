@@ -63,17 +63,16 @@ def _train_the_same(comparison: Comparison, twin: int, same: list[int]) -> str:
     curves = [found for which in same if (found := comparison.curves(which, twin))]
     first = comparison.names[twin]
     if len(same) == 1:
-        who, whose = _capital(_pair(comparison, twin, same[0])), "their loss curves"
-        differ = "differ"
+        who, differ = _capital(_pair(comparison, twin, same[0])), "differ"
     else:
         whole = len(same) == len(comparison.others)
         listed = listing([comparison.names[i] for i in (twin, *same)])
         who = f"All {len(comparison.runs)}" if whole else listed
-        whose, differ = "their loss curves", f"differ from that of {first}"
+        differ = f"differ from that of {first}"
+    said = f"{differ} {_extent(curves)}"
     if not max(found.largest for found in curves):
-        steps = max(found.steps[-1] for found in curves)
-        return f"{who} train the same model: {whose} are equal over {count(steps, 'step')}."
-    return f"{who} train the same model: {whose} {differ} {_extent(curves)}."
+        said = f"are equal over {count(max(found.steps[-1] for found in curves), 'step')}"
+    return f"{who} train the same model: their loss curves {said}."
 
 
 def _differ(comparison: Comparison, twin: int, which: int) -> str:

@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from horovod_lm.config import make_config
-from horovod_lm.data import prepare as module
-from horovod_lm.data import progress
+from horovod_lm.data import making, progress
 from horovod_lm.data.cache import cache_folder
-from horovod_lm.data.prepare import prepare, unigram_entropy
+from horovod_lm.data.making import unigram_entropy
+from horovod_lm.data.prepare import prepare
 from horovod_lm.data.tokenizer import END_OF_TEXT, Tokenizer
 from horovod_lm.errors import RunFailed, UserError
 
@@ -373,8 +373,8 @@ def test_the_data_of_default_settings_stays_the_same(text):
 
 
 def small_batches(monkeypatch):
-    monkeypatch.setattr(module, "_BATCH", 500)
-    monkeypatch.setattr(module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(making, "_BATCH", 500)
+    monkeypatch.setattr(making, "_SAVE_SECONDS", 0.0)
 
 
 def test_the_same_bytes_for_any_number_of_workers(text, cache, monkeypatch):
@@ -393,18 +393,19 @@ KILLED = """
 import os, signal, sys
 import psutil
 from horovod_lm.config import make_config
-from horovod_lm.data import prepare as module
-module._BATCH, module._SAVE_SECONDS = 500, 0.0
-save, left = module._Making._save, [int(sys.argv[2])]
+from horovod_lm.data import making
+from horovod_lm.data.prepare import prepare
+making._BATCH, making._SAVE_SECONDS = 500, 0.0
+save, left = making.Making._save, [int(sys.argv[2])]
 def kill(self, current):
     save(self, current)
     left[0] -= 1
     if not left[0]:
         print(*(child.pid for child in psutil.Process().children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-module._Making._save = kill
+making.Making._save = kill
 config = {"model": {"context": 16}, "data": eval(sys.argv[1])}
-module.prepare(make_config(config, "test"), lambda line: None)
+prepare(make_config(config, "test"), lambda line: None)
 """
 
 
@@ -413,9 +414,9 @@ module.prepare(make_config(config, "test"), lambda line: None)
 def test_after_a_kill_it_goes_on_and_the_same_comes_out(text, cache, monkeypatch, workers, through):
     small_batches(monkeypatch)
     settings = config(text, workers=workers)
-    save, saves = module._Making._save, []
+    save, saves = making.Making._save, []
     monkeypatch.setattr(
-        module._Making, "_save", lambda self, current: saves.append(save(self, current))
+        making.Making, "_save", lambda self, current: saves.append(save(self, current))
     )
     expected = prepare(settings, lambda line: None).manifest
     number = max(1, round(through * len(saves)))
@@ -476,7 +477,7 @@ def test_a_worker_that_dies_is_told_and_what_is_done_is_kept(text, cache, monkey
     expected = prepare(config(text), lambda line: None).manifest
     subprocess.run(["rm", "-r", str(cache)], check=True)
 
-    save, count = module._Making._save, [0]
+    save, count = making.Making._save, [0]
 
     def kill_a_worker(self, current):
         save(self, current)
@@ -484,7 +485,7 @@ def test_a_worker_that_dies_is_told_and_what_is_done_is_kept(text, cache, monkey
         if count[0] == 10:
             psutil.Process().children()[0].kill()
 
-    monkeypatch.setattr(module._Making, "_save", kill_a_worker)
+    monkeypatch.setattr(making.Making, "_save", kill_a_worker)
     with pytest.raises(RunFailed, match=r"tokenises was ended by signal 9; what is done is kept"):
         prepare(config(text, workers=2), lambda line: None)
     assert not psutil.Process().children()
@@ -594,7 +595,7 @@ def test_a_tokenizer_of_ones_own(text, tmp_path):
 
 
 def test_a_tokenizer_learns_from_evenly_chosen_documents_of_a_large_corpus(text, monkeypatch):
-    monkeypatch.setattr(module, "_LEARNT", 5000)
+    monkeypatch.setattr(making, "_LEARNT", 5000)
     prepared = prepare(config(text))
     assert prepared.manifest["tokenizer"]["every"] == 3
     chosen = text.read_text().split("\n\n")[:95:3]

@@ -153,7 +153,7 @@ def test_wordpiece_keeps_all_but_blanks(text):
     tokenizer = Tokenizer.train(LANGUAGES * 3, 4000, "wordpiece")
     back = tokenizer.decode(tokenizer.encode(text))
     assert "".join(back.split()) == "".join(text.replace("\u200d", "").split())
-    assert tokenizer.unknown not in tokenizer.encode(text)
+    assert tokenizer.special["unknown"] not in tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "characters"])
@@ -162,29 +162,29 @@ def test_special_tokens_are_known_by_what_they_are_for(kind, tmp_path):
     trained = Tokenizer.train(TEXTS, 400, kind, special=special, sentinels=4)
     trained.save(tmp_path / "tokenizer.json")
     for tokenizer in (trained, Tokenizer.load(tmp_path / "tokenizer.json")):
-        found = [getattr(tokenizer, name) for name in special]
+        found = [tokenizer.special[name] for name in special]
         assert None not in found and len({*found, *tokenizer.sentinels}) == 9
         assert len(tokenizer.sentinels) == 4
         assert tokenizer.special["end"] == tokenizer.end
-        shown = tokenizer.decode(np.array([tokenizer.mask, tokenizer.sentinels[2]]))
+        shown = tokenizer.decode(np.array([tokenizer.special["mask"], tokenizer.sentinels[2]]))
         assert "mask" in shown.lower() and "<extra_id_2>" in shown
         # The characters of special tokens are text.
         ids = tokenizer.encode("[MASK] <mask> <pad> [SEP] <extra_id_1> <s>")
         assert not {*tokenizer.special.values(), *tokenizer.sentinels} & (
-            {*ids.tolist()} - {tokenizer.unknown}
+            {*ids.tolist()} - {tokenizer.special.get("unknown")}
         )
 
 
 def test_without_special_tokens_there_are_none(tokenizer):
     assert tokenizer.special == {"end": tokenizer.end} and tokenizer.sentinels == ()
-    assert tokenizer.mask is tokenizer.padding is tokenizer.begin is None
+    assert not {"mask", "padding", "begin"} & tokenizer.special.keys()
 
 
 def test_wordpiece_has_what_bert_has():
     tokenizer = Tokenizer.train(TEXTS, 300, "wordpiece")
     names = ("padding", "unknown", "classify", "separate", "mask")
-    assert [getattr(tokenizer, name) for name in names] == [0, 1, 2, 3, 4]
-    assert tokenizer.end == tokenizer.separate
+    assert [tokenizer.special[name] for name in names] == [0, 1, 2, 3, 4]
+    assert tokenizer.end == tokenizer.special["separate"]
     pieces = [tokenizer.decode(np.array([i])) for i in tokenizer.encode("The cat sat.")]
     assert "".join(pieces).replace("##", "") == "Thecatsat."
 
@@ -207,7 +207,8 @@ def test_the_special_tokens_of_known_families(tmp_path, tokens, end, classify, b
     made.enable_padding(length=9)
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert (tokenizer.end, tokenizer.classify, tokenizer.begin) == (end, classify, begin)
+    special = tokenizer.special
+    assert (tokenizer.end, special.get("classify"), special.get("begin")) == (end, classify, begin)
     assert tokenizer.sentinels == ((4, 3) if "<extra_id_0>" in tokens else ())
     # Lengths of batches that the file speaks of are not of the corpus.
     assert tokenizer.encode("a").tolist() == [len(tokens)]

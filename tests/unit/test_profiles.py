@@ -12,7 +12,6 @@ from horovod_lm.backend import Loss, MicroBatch
 from horovod_lm.bench.tools import products_of
 from horovod_lm.ceilings import (
     Sizes,
-    attention_flops,
     bytes_per_token,
     ideal_times,
     optimizer_bytes,
@@ -433,10 +432,10 @@ def test_ideal_times_are_those_of_what_is_computed():
     assert sizes == Sizes(3, (("encoder", 40), ("decoder", 10)), 30)
     assert sizes.tokens == 75
     full = {"encoder": 64, "decoder": 64}
-    assert attention_flops(both, full) == pytest.approx(64 * both.attention_flops_per_token())
+    assert both.attention_flops(full) == pytest.approx(64 * both.attention_flops_per_token())
     pairs = 40 * 40 + 10 * 5.5 + 10 * 40
     wanted = 12 * both.attention_width * both.layers * pairs
-    assert attention_flops(both, dict(sizes.lengths)) == pytest.approx(wanted)
+    assert both.attention_flops(dict(sizes.lengths)) == pytest.approx(wanted)
     encoder = make_config({"model": {"kind": "encoder"}}, "here").model
     masked = Sizes.of(encoder, micro_batch(encoder, 2, 64, places=9))
     assert masked.places == 18
