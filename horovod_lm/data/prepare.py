@@ -21,6 +21,7 @@ from horovod_lm import config as configuration
 from horovod_lm.config import Config, Data
 from horovod_lm.data.cache import building, cache_folder, locked, replace, writing
 from horovod_lm.data.corpora import PREFIX, corpus_file
+from horovod_lm.data.digests import are_right
 from horovod_lm.data.documents import Corpus, Piece, file_digest, find_files
 from horovod_lm.data.progress import Log as Log
 from horovod_lm.data.progress import follow
@@ -134,16 +135,16 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         _source(name, corpus, data, cache, log) for name, corpus in _corpora(data, cache, log)
     ]
     folder = cache / _key(data, sources)
-    prepared = _open(folder, data)
+    prepared = _open(folder, data, log)
     if prepared is None:
         with locked(folder, log):
-            prepared = _open(folder, data)  # another process may have made it meanwhile
+            prepared = _open(folder, data, log)  # another process may have made it meanwhile
             if prepared is None:
                 if folder.exists():
                     log(f"the prepared data in {folder} is damaged; making it anew")
                 with building(folder, keep=True) as unfinished:
                     _Making(unfinished, data, sources, given, log).run()
-                prepared = _open(folder, data)
+                prepared = _open(folder, data, log)
     assert prepared is not None
     _check_windows(prepared, config)
     return prepared
@@ -267,13 +268,14 @@ def _key(data: Data, sources: list[_Source]) -> str:
     return _sha256(json.dumps(settings).encode())[:32]
 
 
-def _open(folder: Path, data: Data) -> Prepared | None:
+def _open(folder: Path, data: Data, log: Log) -> Prepared | None:
     """What is in the cache, or None if that is missing or damaged."""
     weights = {source.name: source.weight for source in data.sources}
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        tokenizer = folder / "tokenizer.json"
-        if _sha256(tokenizer.read_bytes()) != manifest["tokenizer"]["sha256"]:
+        tokenizer, files = folder / "tokenizer.json", _files(manifest)
+        record = folder.parent / "known" / f"{folder.name}.json"
+        if _digest(files) != manifest["digest"] or not are_right(folder, files, record, log):
             return None
         sources = {}
         for entry in manifest["sources"]:
@@ -283,9 +285,23 @@ def _open(folder: Path, data: Data) -> Prepared | None:
                 for split in SPLITS
             )
             sources[name] = Source(name, weights.get(name, 1.0), train, validation)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return Prepared(folder, Tokenizer.load(tokenizer), sources, manifest)
+
+
+def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of `manifest` that describe a file each, all of those of its folder."""
+    files = [manifest["tokenizer"]]
+    for source in manifest["sources"]:
+        for split in SPLITS:
+            for entry in source[split].values():
+                files += [*entry["shards"], entry["index"]]
+    return files
+
+
+def _digest(files: list[dict[str, Any]]) -> str:
+    return _sha256("".join(file["sha256"] for file in files).encode())
 
 
 def _sha256(data: bytes) -> str:
@@ -488,7 +504,6 @@ class _Making:
             },
             "sources": entries,
         }
-        files = [manifest["tokenizer"]]
         for source in self._sources:
             splits = {
                 split: {
@@ -510,10 +525,7 @@ class _Making:
                     },
                 }
             )
-            for streams in splits.values():
-                for entry in streams.values():
-                    files += [*entry["shards"], entry["index"]]
-        manifest["digest"] = _sha256("".join(file["sha256"] for file in files).encode())
+        manifest["digest"] = _digest(_files(manifest))
         replace(self._folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def _entropy(self, splits: dict[str, Any], stream: str) -> float:
