@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from horovod_lm.data.interrupts import interruptible
 from horovod_lm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -121,7 +122,11 @@ class Tokenizer:
         from horovod_lm.data import trainers
 
         allow_threads()
-        return cls(trainers.train(texts, vocabulary, kind, normalise, special, sentinels))
+
+        def train(texts: Iterable[str]) -> tokenizers.Tokenizer:
+            return trainers.train(texts, vocabulary, kind, normalise, special, sentinels)
+
+        return cls(interruptible(train, texts))
 
     @classmethod
     def load(cls, path: Path, mend: str | None = None) -> Tokenizer:

@@ -52,12 +52,18 @@ class Workers:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = "1"
         command = [sys.executable, "-m", "horovod_lm.data.workers", str(self._tokenizer)]
-        for _ in range(self._count):
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
-            self._all.append(process)
-            self._idle.put(process)
+        # Ctrl-C goes to the whole group, and what is still starting would answer with a traceback:
+        # so they are born with it blocked, and the process that starts them decides what it means.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(self._count):
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                )
+                self._all.append(process)
+                self._idle.put(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A thread for each process, which waits for it.
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="tokenise")
         return self
@@ -136,8 +142,6 @@ def main() -> None:
     """Tokenise until the input ends."""
     from horovod_lm.data.tokenizer import Tokenizer
 
-    # Ctrl-C goes to the whole group; the process that started this one decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer = Tokenizer.load(Path(sys.argv[1]))
     try:
         while (parts := _receive(sys.stdin.buffer)) is not None:
