@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -152,11 +153,13 @@ def file_format(path: Path, wanted: str) -> str:
 
 def find_files(patterns: Sequence[str], key: str = "data.text") -> tuple[Path, ...]:
     """The files of `patterns`, each a file, a folder (all files in it and below, but for hidden
-    ones) or a glob, in the order of patterns and sorted within one; a file counts once.
+    ones) or a glob, in the order of patterns and sorted within one; a file counts once, also where
+    links lead to it by several names.
 
     Raises `UserError` where a pattern has no file.
     """
-    files: dict[Path, None] = {}
+    files: dict[str, Path] = {}
+    real = cache(os.path.realpath)
     for pattern in patterns:
         found = sorted(_matches(pattern))
         if not found:
@@ -164,8 +167,10 @@ def find_files(patterns: Sequence[str], key: str = "data.text") -> tuple[Path, .
                 f'{key}: no file matches "{pattern}"; give text files, folders, globs such as '
                 "texts/**/*.txt, or corpus:NAME"
             )
-        files.update(dict.fromkeys(found))
-    return tuple(files)
+        for path in found:
+            whole = os.path.join(real(path.parent), path.name)
+            files.setdefault(real(path) if path.is_symlink() else whole, path)
+    return tuple(files.values())
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -173,16 +178,27 @@ def _matches(pattern: str) -> list[Path]:
         return list(_walk(pattern))
     if os.path.lexists(pattern):
         return [Path(pattern).absolute()]
-    found = glob.glob(pattern, recursive=True)
-    return [Path(name).absolute() for name in found if not os.path.isdir(name)]
+    # A folder that is there is meant, though its name may read as a pattern: "[old]/*.txt".
+    parents = Path(pattern).parents
+    folder = next((parent for parent in parents if parent.is_dir()), Path())
+    rest = str(Path(pattern).relative_to(folder))
+    found = (folder / name for name in glob.glob(rest, root_dir=folder, recursive=True))
+    return [path.absolute() for path in found if not path.is_dir()]
 
 
 def _walk(folder: str) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
 
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {os.path.realpath(folder)}  # links may lead back
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inner = sorted(name for name in folders if not name.startswith("."))
+        whole = {name: os.path.realpath(os.path.join(where, name)) for name in inner}
+        folders.clear()
+        for name in inner:
+            if whole[name] not in seen:
+                seen.add(whole[name])
+                folders.append(name)
         for name in names:
             if not name.startswith("."):
                 yield Path(where, name).absolute()
