@@ -64,8 +64,9 @@ class Corpus:
 
     `kind` is for running text: a document is a "paragraph" (ends at an empty line), a "line" or a
     "file". In every other format it is a record: the `fields` of it, one below the other. Text is
-    UTF-8; a byte-order mark is dropped, and every line end is read as a line feed. Documents
-    without anything but blanks are left out, and so are line feeds at their ends.
+    UTF-8; a byte-order mark is dropped, and every line end is read as a line feed (but see
+    `whole_lines`). Documents without anything but blanks are left out, and so are line feeds at
+    their ends.
 
     With `parallel`, or with `targets` (files whose lines are the translations of those of `files`),
     documents come in pairs, one in each of two streams; a pair half of which is blank is left out.
@@ -98,6 +99,7 @@ class Corpus:
         may be larger than memory. `faults` learns what is left out; by default, as `skip` says."""
         faults = faults or Faults(self.skip)
         if self.targets:
+            self._refuse_fields("data.target")
             if len(self.files) != len(self.targets):
                 raise UserError(
                     f"data.text has {len(self.files)} file(s) and data.target {len(self.targets)}; "
@@ -115,6 +117,7 @@ class Corpus:
                     f"{path} is running text, which has no pairs; give the translations in "
                     "data.target, or another data.format"
                 )
+            self._refuse_fields(str(path))
             return _pieces(path, self.kind, faults)
         fields = self.fields
         if self.parallel and len(fields or _PAIRS.get(name, ())) != 2:
@@ -124,6 +127,15 @@ class Corpus:
             )
         fields = fields or (_PAIRS.get(name, ()) if self.parallel else ())
         return self._documents(path, READERS[name](path, fields, faults), faults)
+
+    def _refuse_fields(self, what: str) -> None:
+        if self.fields:
+            raise UserError(
+                f"{what} is running text, which has no fields, and data.fields has "
+                + ", ".join(f'"{name}"' for name in self.fields)
+                + "; leave them out, set data.format, or leave such files out of data.text with a "
+                "glob such as texts/**/*.jsonl"
+            )
 
     def _documents(self, path: Path, records: Iterator[Record], faults: Faults) -> Iterator[Piece]:
         for record in records:
@@ -243,6 +255,8 @@ def _pieces(path: Path, kind: str, faults: Faults) -> Iterator[Piece]:
             line = "\n" if line.endswith("\n") and not fresh else ""
         blank = fresh and not line.strip() and not reason
         fresh = line.endswith("\n") or (fresh and not line)  # else the next piece goes on
+        if blank and kind == "line":
+            faults.empty(path, f"line {number}")
         if kind == "file" or not blank:
             waiting.append(line)
             size += len(line)
@@ -258,6 +272,8 @@ def _pieces(path: Path, kind: str, faults: Faults) -> Iterator[Piece]:
     rest = "".join(waiting).rstrip("\n")
     if begun or rest.strip():
         yield rest, True, 0
+    elif kind == "file":
+        faults.empty(path, "the file")
 
 
 def _line_pairs(source: Path, target: Path, faults: Faults) -> Iterator[Piece]:

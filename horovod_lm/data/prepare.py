@@ -31,7 +31,7 @@ from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.data.workers import Batch, Encoder, Workers
 from horovod_lm.errors import UserError
 
-SCHEMA = 2  # raise it when prepared data of the same key would come out different
+SCHEMA = 3  # raise it when prepared data of the same key would come out different
 CORPUS = "corpus"  # the name of the only source
 SPLITS = ("train", "validation")
 _PROGRESS = "progress.json"  # in an unfinished folder: how far it is
