@@ -14,6 +14,7 @@ from pathlib import Path
 import filelock
 
 from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.topology import place
 
 # No space, no quota left, a file too large for the file system or the process's limit.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -29,14 +30,16 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of `folder`; says so if another process has it, and waits."""
+    """Hold the lock of `folder`; says so if another process has it, and waits. Of the ranks of a
+    job, which all come here, the first one alone says it."""
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            log(f"another process is preparing {folder.name}; waiting for it")
+            if place().rank == 0:
+                log(f"another process is preparing {folder.name}; waiting for it")
             lock.acquire()
     try:
         yield

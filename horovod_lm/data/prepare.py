@@ -22,7 +22,7 @@ from horovod_lm.config import Config, Data
 from horovod_lm.data.cache import building, cache_folder, locked, replace, writing
 from horovod_lm.data.corpora import PREFIX, corpus_file
 from horovod_lm.data.digests import are_right
-from horovod_lm.data.documents import Corpus, Piece, file_digest, find_files
+from horovod_lm.data.documents import Corpus, Piece, file_digest, file_format, find_files
 from horovod_lm.data.progress import Log as Log
 from horovod_lm.data.progress import follow
 from horovod_lm.data.readers import Faults
@@ -192,7 +192,7 @@ def _load_tokenizer(data: Data) -> Tokenizer:
 
 def _source(name: str, corpus: Corpus, data: Data, cache: Path, log: Log) -> _Source:
     stamps = corpus.stamps()
-    contents = _contents(corpus, stamps, cache, log)
+    contents = _contents(name, corpus, stamps, cache, log)
     return _Source(name, corpus, stamps, contents, data.validation_fraction)
 
 
@@ -204,12 +204,29 @@ def _settings(corpus: Corpus) -> list[Any]:
     ]  # fmt: skip
 
 
-def _contents(corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> _Contents:
+def _contents(name: str, corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> _Contents:
     """Read and check every file, unless all are as they were the last time."""
     seen = _sha256(json.dumps([SCHEMA, _settings(corpus), stamps]).encode())
     known = cache / "known" / f"{seen[:32]}.json"
+    if (contents := _known_contents(known)) is not None:
+        return contents
+    # The ranks of a job come here together; one of them reads for all.
+    with locked(known.with_suffix(""), log):
+        contents = _known_contents(known)
+        if contents is None:
+            contents = _read_contents(name, corpus, stamps, log)
+            with writing(known):
+                replace(known, json.dumps(vars(contents)))
+    return contents
+
+
+def _known_contents(known: Path) -> _Contents | None:
     with suppress(OSError, ValueError, TypeError):  # missing, or damaged by a crash
         return _Contents(**json.loads(known.read_text()))
+    return None
+
+
+def _read_contents(name: str, corpus: Corpus, stamps: list[Any], log: Log) -> _Contents:
     size = sum(stamp[1] for stamp in stamps)
     log(f"reading {size / 1e6:.1f} MB of text in {len(stamps)} file(s)")
     digests = [file_digest(path) for path in corpus.all_files]
@@ -221,12 +238,8 @@ def _contents(corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> _Cont
             characters += len(text)
     left_out = {str(path): asdict(found) for path, found in faults.found.items()}
     _say_left_out(left_out, log)
-    _check_documents(documents, corpus)
-    contents = _Contents(digests, documents, characters, left_out)
-    with writing(known):
-        known.parent.mkdir(parents=True, exist_ok=True)
-        replace(known, json.dumps(vars(contents)))
-    return contents
+    _check_documents(documents, corpus, name)
+    return _Contents(digests, documents, characters, left_out)
 
 
 def _say_left_out(left_out: dict[str, Any], log: Log) -> None:
@@ -243,16 +256,20 @@ def _say_left_out(left_out: dict[str, Any], log: Log) -> None:
         )
 
 
-def _check_documents(documents: int, corpus: Corpus) -> None:
+def _check_documents(documents: int, corpus: Corpus, name: str) -> None:
+    of = "data.text" if name == CORPUS else f'the source "{name}" of data.sources'
     if documents == 0:
         raise UserError(
-            f"the corpus of data.text is empty: {len(corpus.files)} file(s) without any text"
+            f"the corpus of {of} is empty: {len(corpus.files)} file(s) without any text that can "
+            "be used; give others"
         )
     if documents == 1:
+        running = not corpus.targets and file_format(corpus.files[0], corpus.format) == "text"
+        how = f' (data.documents = "{corpus.kind}")' if running else ""
+        mend = ', or another data.documents: "paragraph", "line" or "file"' if running else ""
         raise UserError(
-            f'data.text holds one document only (data.documents = "{corpus.kind}"), and at least '
-            "two are needed, one of them for validation; give more text, or another "
-            'data.documents: "paragraph", "line" or "file"'
+            f"{of} holds one document only{how}, and at least two are needed, one of them for "
+            f"validation; give more text{mend}"
         )
 
 

@@ -146,13 +146,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=np.int32)
+        (ids,) = self.encode_batch([text])
+        return ids
 
     def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, int32, computed on all cores."""
+        """The ids of each text, int32, computed on all cores. Raises `UserError` where the
+        tokenizer has none."""
         allow_threads()
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            if type(error) is not Exception:  # which is what the library raises
+                raise
+            raise UserError(
+                f"the tokenizer has no ids for some of the text ({error}); give one that has an "
+                "unknown token, or one over bytes"
+            ) from None
+        for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray) -> str:

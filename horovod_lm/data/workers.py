@@ -3,7 +3,8 @@ standard output. So nothing is unpickled, and they end with the process that sta
 where that is killed.
 
 A message is its length in bytes (8 bytes), then numbers of 4 bytes: how many parts there are, and
-the length of each; then the parts themselves. All numbers are little-endian.
+the length of each; then the parts themselves. All numbers are little-endian. The first part of an
+answer says what is wrong with the texts; if it has no characters, their ids follow.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from horovod_lm.errors import RunFailed
+from horovod_lm.errors import RunFailed, UserError
 
 Batch = list[str]
 
@@ -88,7 +89,8 @@ class Workers:
                         stream.close()
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[list[np.ndarray]]:
-        """The ids of each text of each batch. Raises `RunFailed` if a process ended."""
+        """The ids of each text of each batch. Raises `RunFailed` if a process ended, `UserError` as
+        the tokenizer does."""
         waiting: deque[Future[list[np.ndarray]]] = deque()
         for batch in batches:
             waiting.append(self._threads.submit(self._one, batch))
@@ -115,7 +117,9 @@ class Workers:
                 f"a process that tokenises {how}; what is done is kept, so start it again, where "
                 "memory was short with a smaller data.workers"
             )
-        return [np.frombuffer(part, dtype="<i4") for part in parts]
+        if parts[0]:
+            raise UserError(parts[0].decode())
+        return [np.frombuffer(part, dtype="<i4") for part in parts[1:]]
 
 
 def _send(stream: IO[bytes], parts: list[bytes]) -> None:
@@ -146,7 +150,11 @@ def main() -> None:
     try:
         while (parts := _receive(sys.stdin.buffer)) is not None:
             texts = [part.decode() for part in parts]
-            _send(sys.stdout.buffer, [ids.tobytes() for ids in tokenizer.encode_batch(texts)])
+            try:
+                answer = [b"", *(ids.tobytes() for ids in tokenizer.encode_batch(texts))]
+            except UserError as error:
+                answer = [str(error).encode()]
+            _send(sys.stdout.buffer, answer)
     except BrokenPipeError:
         os._exit(0)  # nobody is left who would read it
 
