@@ -53,7 +53,8 @@ def building(folder: Path, keep: bool = False) -> Iterator[Path]:
     `folder`. Raises `RunFailed` where the disk is full.
 
     What was filled in is removed where the context ends otherwise; with `keep` it is found again
-    the next time if the process was killed or interrupted, or the run failed.
+    the next time if the process was killed or interrupted, nobody reads its log any more, or the
+    run failed.
     """
     partial = folder.with_name(folder.name + ".partial")
     with writing(folder):
@@ -64,7 +65,8 @@ def building(folder: Path, keep: bool = False) -> Iterator[Path]:
         try:
             yield partial
         except BaseException as error:
-            if not keep or (isinstance(error, Exception) and not isinstance(error, RunFailed)):
+            goes_on = (RunFailed, BrokenPipeError)
+            if not keep or (isinstance(error, Exception) and not isinstance(error, goes_on)):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,6 +91,8 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn what the system says about writing under `folder` into a message."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # who reads the log has gone, as in `prepare … | head`
     except OSError as error:
         mend = "set XDG_CACHE_HOME to another place"
         if error.errno in _FULL:

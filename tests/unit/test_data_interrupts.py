@@ -93,6 +93,21 @@ def test_a_library_that_takes_the_texts_in_its_own_threads_is_left(config):
     assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") > 0
 
 
+def test_a_reader_of_the_log_that_goes_is_no_fault_of_the_cache(config):
+    process = subprocess.Popen(
+        [*COMMAND, str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("training"):
+            break
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1
+    again = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, check=True)
+    assert "going on with what was left unfinished" in again.stdout
+
+
 def test_what_the_work_gives_or_raises_comes_out():
     assert interruptible(lambda texts: "".join(texts) * 2, iter("ab")) == "abab"
     assert interruptible(lambda texts: [*texts, *texts], ["a", "b"]) == ["a", "b"] * 2
