@@ -13,7 +13,6 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from horovod_lm.data.readers import (
-    COMPRESSED,
     NOT_TEXT,
     Faults,
     Reader,
@@ -23,6 +22,7 @@ from horovod_lm.data.readers import (
     parquet,
     squad,
     story,
+    suffix,
     tables,
     tmx,
     unreadable,
@@ -100,6 +100,12 @@ class Corpus:
         faults = faults or Faults(self.skip)
         if self.targets:
             self._refuse_fields("data.target")
+            for path in self.all_files:
+                if (name := file_format(path, self.format)) != "text":
+                    raise UserError(
+                        f"{path} is {name} by its name, and data.target is for running text; name "
+                        'its fields and set data.parallel = true, or set data.format = "text"'
+                    )
             if len(self.files) != len(self.targets):
                 raise UserError(
                     f"data.text has {len(self.files)} file(s) and data.target {len(self.targets)}; "
@@ -154,13 +160,12 @@ def file_format(path: Path, wanted: str) -> str:
     several formats."""
     if wanted != "auto":
         return wanted
-    inner = Path(path.stem) if path.suffix in COMPRESSED else path
-    if inner.suffix == ".json":
+    if suffix(path) == ".json":
         raise UserError(
             f'{path}: data.format = "auto" knows no .json files; set data.format to "jsonl" (an '
             'object on each line), "squad" or "text"'
         )
-    return _SUFFIXES.get(inner.suffix, "text")
+    return _SUFFIXES.get(suffix(path), "text")
 
 
 def find_files(patterns: Sequence[str], key: str = "data.text") -> tuple[Path, ...]:

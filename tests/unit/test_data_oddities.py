@@ -322,6 +322,37 @@ def test_text_that_begins_like_an_archive_is_text(write):
     assert read(write("tar.txt", "PK and tar"))[0] == ["PK and tar"]
 
 
+# Names
+
+
+@pytest.mark.parametrize(
+    "name, packed",
+    [
+        ("A.JSONL", bytes),
+        ("a.Jsonl.GZ", gzip.compress),
+        ("a.jsonl.zstd", zstd),
+        ("a.jsonl.gzip", gzip.compress),
+    ],
+)
+def test_names_in_capitals_and_with_long_endings(write, name, packed):
+    assert read(write(name, packed(b'{"text": "one"}\n')))[0] == ["one"]
+
+
+def test_parquet_that_is_compressed_as_a_whole(tmp_path):
+    path = table(tmp_path / "a.parquet", pyarrow.array(["one"]))
+    for name in ("B.PARQUET.GZ", "b.parquet.gzip"):
+        (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+        assert read(tmp_path / name)[0] == ["one"]
+
+
+def test_translations_line_by_line_are_of_running_text(write):
+    source, target = write("a.jsonl", '{"text": "one"}\n'), write("b.jsonl", '{"text": "eins"}\n')
+    message = refused(source, targets=(target,))
+    assert message.startswith(f"{source} is jsonl by its name, and data.target is for running text")
+    pairs = read(source, targets=(target,), format="text")[0]
+    assert pairs == [('{"text": "one"}', '{"text": "eins"}')]
+
+
 # Fields that nobody would read
 
 

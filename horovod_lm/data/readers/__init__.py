@@ -25,7 +25,7 @@ _OTHERS = {
     b"7z\xbc\xaf\x27\x1c": "7z",
 }
 _BZIP2 = b"1AY&SY"  # behind BZh and a digit
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
 NOT_TEXT = "convert the file to UTF-8, leave it out of data.text with a glob such as texts/**/*.txt"
 
 
@@ -76,6 +76,13 @@ class Faults:
 Reader = Callable[[Path, tuple[str, ...], Faults], Iterator[Record]]
 
 
+def suffix(path: Path) -> str:
+    """What a file's name ends with, in small letters, without that of its compression."""
+    name = path.name.lower()
+    inner = next((end for end in COMPRESSED if name.endswith(end)), "")
+    return Path(name.removesuffix(inner)).suffix
+
+
 def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path} can't be read: {error.strerror}; make it readable or leave it out of data.text"
@@ -113,8 +120,7 @@ def _refuse_others(path: Path, start: bytes) -> None:
     how = next((name for magic, name in _OTHERS.items() if start.startswith(magic)), None)
     if start.startswith(b"BZh") and start[4:] == _BZIP2:
         how = "bzip2"
-    inner = path.stem if path.suffix in COMPRESSED else path.name
-    if inner.endswith((".tar", ".tgz")):
+    if suffix(path) in (".tar", ".tgz"):
         how = "tar"
     if how is not None:
         raise UserError(

@@ -67,7 +67,7 @@ def _rows(batch: Any) -> list[dict[str, Any] | None]:
 
 def _seekable(path: Path) -> BinaryIO:
     """The file; if it is compressed as a whole, a decompressed copy that goes when it is closed."""
-    if path.suffix not in COMPRESSED:
+    if path.suffix.lower() not in COMPRESSED:
         return path.open("rb")
     copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who asked for it
     with reading(path) as stream:
