@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from horovod_lm.cli.common import config_argument, load, set_option
+from horovod_lm.errors import Stopped
 
 EPILOG = """\b
 Examples:
@@ -26,7 +27,10 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
     from horovod_lm.data.prepare import prepare
 
     settings = load(config, overrides)
-    prepared = prepare(settings, log=click.echo)
+    try:
+        prepared = prepare(settings, log=click.echo)
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; the same command goes on with what is done", 130) from None
     for source, entry in zip(prepared.sources.values(), prepared.manifest["sources"], strict=True):
         for stream, train in source.train.items():
             which = [source.name] * (len(prepared.sources) > 1) + [stream] * (stream != "text")

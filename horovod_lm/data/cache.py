@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.topology import place
 
 # No space, no quota left, a file too large for the file system or the process's limit.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -35,14 +36,16 @@ def sha256(data: bytes) -> str:
 
 @contextmanager
 def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of `folder`; says so if another process has it, and waits."""
+    """Hold the lock of `folder`; says so if another process has it, and waits. Of the ranks of a
+    job, which all come here, the first one alone says it."""
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            log(f"another process is preparing {folder.name}; waiting for it")
+            if place().rank == 0:
+                log(f"another process is preparing {folder.name}; waiting for it")
             lock.acquire()
     try:
         yield
@@ -56,7 +59,8 @@ def building(folder: Path, keep: bool = False) -> Iterator[Path]:
     `folder`. Raises `RunFailed` where the disk is full.
 
     What was filled in is removed where the context ends otherwise; with `keep` it is found again
-    the next time if the process was killed or interrupted, or the run failed.
+    the next time if the process was killed or interrupted, nobody reads its log any more, or the
+    run failed.
     """
     partial = folder.with_name(folder.name + ".partial")
     with writing(folder):
@@ -67,7 +71,8 @@ def building(folder: Path, keep: bool = False) -> Iterator[Path]:
         try:
             yield partial
         except BaseException as error:
-            if not keep or (isinstance(error, Exception) and not isinstance(error, RunFailed)):
+            goes_on = (RunFailed, BrokenPipeError)
+            if not keep or (isinstance(error, Exception) and not isinstance(error, goes_on)):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,6 +97,8 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn what the system says about writing under `folder` into a message."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # who reads the log has gone, as in `prepare … | head`
     except OSError as error:
         mend = "set XDG_CACHE_HOME to another place"
         if error.errno in _FULL:

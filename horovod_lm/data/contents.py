@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from horovod_lm.data.cache import replace, sha256, writing
-from horovod_lm.data.documents import Corpus, file_digest
+from horovod_lm.data.cache import locked, replace, sha256, writing
+from horovod_lm.data.documents import Corpus, file_digest, file_format
 from horovod_lm.data.progress import Log, follow
 from horovod_lm.data.readers import Faults
 from horovod_lm.errors import UserError
 
-SCHEMA = 2  # raise it when prepared data of the same key would come out different
+SCHEMA = 3  # raise it when prepared data of the same key would come out different
 CORPUS = "corpus"  # the name of the only source
 SPLITS = ("train", "validation")
 _SHOWN = 20  # files whose faults are said in the log
@@ -60,7 +60,8 @@ class RawSource:
 def raw_source(name: str, corpus: Corpus, fraction: float, cache: Path, log: Log) -> RawSource:
     """A corpus with what is in it. Raises `UserError` for what can't be read or is too little."""
     stamps = corpus.stamps()
-    return RawSource(name, corpus, stamps, _contents(corpus, stamps, cache, log), fraction)
+    contents = _contents(name, corpus, stamps, cache, log)
+    return RawSource(name, corpus, stamps, contents, fraction)
 
 
 def settings_of(corpus: Corpus) -> list[Any]:
@@ -71,12 +72,29 @@ def settings_of(corpus: Corpus) -> list[Any]:
     ]  # fmt: skip
 
 
-def _contents(corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> Contents:
+def _contents(name: str, corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> Contents:
     """Read and check every file, unless all are as they were the last time."""
     seen = sha256(json.dumps([SCHEMA, settings_of(corpus), stamps]).encode())
     known = cache / "known" / f"{seen[:32]}.json"
+    if (contents := _known_contents(known)) is not None:
+        return contents
+    # The ranks of a job come here together; one of them reads for all.
+    with locked(known.with_suffix(""), log):
+        contents = _known_contents(known)
+        if contents is None:
+            contents = _read_contents(name, corpus, stamps, log)
+            with writing(known):
+                replace(known, json.dumps(vars(contents)))
+    return contents
+
+
+def _known_contents(known: Path) -> Contents | None:
     with suppress(OSError, ValueError, TypeError):  # missing, or damaged by a crash
         return Contents(**json.loads(known.read_text()))
+    return None
+
+
+def _read_contents(name: str, corpus: Corpus, stamps: list[Any], log: Log) -> Contents:
     size = sum(stamp[1] for stamp in stamps)
     log(f"reading {size / 1e6:.1f} MB of text in {len(stamps)} file(s)")
     digests = [file_digest(path) for path in corpus.all_files]
@@ -88,12 +106,8 @@ def _contents(corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> Conte
             characters += len(text)
     left_out = {str(path): asdict(found) for path, found in faults.found.items()}
     _say_left_out(left_out, log)
-    _check_documents(documents, corpus)
-    contents = Contents(digests, documents, characters, left_out)
-    with writing(known):
-        known.parent.mkdir(parents=True, exist_ok=True)
-        replace(known, json.dumps(vars(contents)))
-    return contents
+    _check_documents(documents, corpus, name)
+    return Contents(digests, documents, characters, left_out)
 
 
 def _say_left_out(left_out: dict[str, Any], log: Log) -> None:
@@ -110,14 +124,18 @@ def _say_left_out(left_out: dict[str, Any], log: Log) -> None:
         )
 
 
-def _check_documents(documents: int, corpus: Corpus) -> None:
+def _check_documents(documents: int, corpus: Corpus, name: str) -> None:
+    of = "data.text" if name == CORPUS else f'the source "{name}" of data.sources'
     if documents == 0:
         raise UserError(
-            f"the corpus of data.text is empty: {len(corpus.files)} file(s) without any text"
+            f"the corpus of {of} is empty: {len(corpus.files)} file(s) without any text that can "
+            "be used; give others"
         )
     if documents == 1:
+        running = not corpus.targets and file_format(corpus.files[0], corpus.format) == "text"
+        how = f' (data.documents = "{corpus.kind}")' if running else ""
+        mend = ', or another data.documents: "paragraph", "line" or "file"' if running else ""
         raise UserError(
-            f'data.text holds one document only (data.documents = "{corpus.kind}"), and at least '
-            "two are needed, one of them for validation; give more text, or another "
-            'data.documents: "paragraph", "line" or "file"'
+            f"{of} holds one document only{how}, and at least two are needed, one of them for "
+            f"validation; give more text{mend}"
         )

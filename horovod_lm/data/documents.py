@@ -8,11 +8,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from horovod_lm.data.readers import (
-    COMPRESSED,
     NOT_TEXT,
     Faults,
     Reader,
@@ -22,6 +22,7 @@ from horovod_lm.data.readers import (
     parquet,
     squad,
     story,
+    suffix,
     tables,
     tmx,
     unreadable,
@@ -63,8 +64,9 @@ class Corpus:
 
     `kind` is for running text: a document is a "paragraph" (ends at an empty line), a "line" or a
     "file". In every other format it is a record: the `fields` of it, one below the other. Text is
-    UTF-8; a byte-order mark is dropped, and every line end is read as a line feed. Documents
-    without anything but blanks are left out, and so are line feeds at their ends.
+    UTF-8; a byte-order mark is dropped, and every line end is read as a line feed (but see
+    `whole_lines`). Documents without anything but blanks are left out, and so are line feeds at
+    their ends.
 
     With `parallel`, or with `targets` (files whose lines are the translations of those of `files`),
     documents come in pairs, one in each of two streams; a pair half of which is blank is left out.
@@ -97,6 +99,13 @@ class Corpus:
         may be larger than memory. `faults` learns what is left out; by default, as `skip` says."""
         faults = faults or Faults(self.skip)
         if self.targets:
+            self._refuse_fields("data.target")
+            for path in self.all_files:
+                if (name := file_format(path, self.format)) != "text":
+                    raise UserError(
+                        f"{path} is {name} by its name, and data.target is for running text; name "
+                        'its fields and set data.parallel = true, or set data.format = "text"'
+                    )
             if len(self.files) != len(self.targets):
                 raise UserError(
                     f"data.text has {len(self.files)} file(s) and data.target {len(self.targets)}; "
@@ -114,6 +123,7 @@ class Corpus:
                     f"{path} is running text, which has no pairs; give the translations in "
                     "data.target, or another data.format"
                 )
+            self._refuse_fields(str(path))
             return _pieces(path, self.kind, faults)
         fields = self.fields
         if self.parallel and len(fields or _PAIRS.get(name, ())) != 2:
@@ -123,6 +133,15 @@ class Corpus:
             )
         fields = fields or (_PAIRS.get(name, ()) if self.parallel else ())
         return self._documents(path, READERS[name](path, fields, faults), faults)
+
+    def _refuse_fields(self, what: str) -> None:
+        if self.fields:
+            raise UserError(
+                f"{what} is running text, which has no fields, and data.fields has "
+                + ", ".join(f'"{name}"' for name in self.fields)
+                + "; leave them out, set data.format, or leave such files out of data.text with a "
+                "glob such as texts/**/*.jsonl"
+            )
 
     def _documents(self, path: Path, records: Iterator[Record], faults: Faults) -> Iterator[Piece]:
         for record in records:
@@ -141,22 +160,23 @@ def file_format(path: Path, wanted: str) -> str:
     several formats."""
     if wanted != "auto":
         return wanted
-    inner = Path(path.stem) if path.suffix in COMPRESSED else path
-    if inner.suffix == ".json":
+    if suffix(path) == ".json":
         raise UserError(
             f'{path}: data.format = "auto" knows no .json files; set data.format to "jsonl" (an '
             'object on each line), "squad" or "text"'
         )
-    return _SUFFIXES.get(inner.suffix, "text")
+    return _SUFFIXES.get(suffix(path), "text")
 
 
 def find_files(patterns: Sequence[str], key: str = "data.text") -> tuple[Path, ...]:
     """The files of `patterns`, each a file, a folder (all files in it and below, but for hidden
-    ones) or a glob, in the order of patterns and sorted within one; a file counts once.
+    ones) or a glob, in the order of patterns and sorted within one; a file counts once, also where
+    links lead to it by several names.
 
     Raises `UserError` where a pattern has no file.
     """
-    files: dict[Path, None] = {}
+    files: dict[str, Path] = {}
+    real = cache(os.path.realpath)
     for pattern in patterns:
         found = sorted(_matches(pattern))
         if not found:
@@ -164,8 +184,10 @@ def find_files(patterns: Sequence[str], key: str = "data.text") -> tuple[Path, .
                 f'{key}: no file matches "{pattern}"; give text files, folders, globs such as '
                 "texts/**/*.txt, or corpus:NAME"
             )
-        files.update(dict.fromkeys(found))
-    return tuple(files)
+        for path in found:
+            whole = os.path.join(real(path.parent), path.name)
+            files.setdefault(real(path) if path.is_symlink() else whole, path)
+    return tuple(files.values())
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -173,16 +195,27 @@ def _matches(pattern: str) -> list[Path]:
         return list(_walk(pattern))
     if os.path.lexists(pattern):
         return [Path(pattern).absolute()]
-    found = glob.glob(pattern, recursive=True)
-    return [Path(name).absolute() for name in found if not os.path.isdir(name)]
+    # A folder that is there is meant, though its name may read as a pattern: "[old]/*.txt".
+    parents = Path(pattern).parents
+    folder = next((parent for parent in parents if parent.is_dir()), Path())
+    rest = str(Path(pattern).relative_to(folder))
+    found = (folder / name for name in glob.glob(rest, root_dir=folder, recursive=True))
+    return [path.absolute() for path in found if not path.is_dir()]
 
 
 def _walk(folder: str) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
 
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {os.path.realpath(folder)}  # links may lead back
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inner = sorted(name for name in folders if not name.startswith("."))
+        whole = {name: os.path.realpath(os.path.join(where, name)) for name in inner}
+        folders.clear()
+        for name in inner:
+            if whole[name] not in seen:
+                seen.add(whole[name])
+                folders.append(name)
         for name in names:
             if not name.startswith("."):
                 yield Path(where, name).absolute()
@@ -227,6 +260,8 @@ def _pieces(path: Path, kind: str, faults: Faults) -> Iterator[Piece]:
             line = "\n" if line.endswith("\n") and not fresh else ""
         blank = fresh and not line.strip() and not reason
         fresh = line.endswith("\n") or (fresh and not line)  # else the next piece goes on
+        if blank and kind == "line":
+            faults.empty(path, f"line {number}")
         if kind == "file" or not blank:
             waiting.append(line)
             size += len(line)
@@ -242,6 +277,8 @@ def _pieces(path: Path, kind: str, faults: Faults) -> Iterator[Piece]:
     rest = "".join(waiting).rstrip("\n")
     if begun or rest.strip():
         yield rest, True, 0
+    elif kind == "file":
+        faults.empty(path, "the file")
 
 
 def _line_pairs(source: Path, target: Path, faults: Faults) -> Iterator[Piece]:

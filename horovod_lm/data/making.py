@@ -229,7 +229,6 @@ class Making:
             },
             "sources": entries,
         }
-        files = [manifest["tokenizer"]]
         for source in self._sources:
             splits = {
                 split: {
@@ -251,10 +250,7 @@ class Making:
                     },
                 }
             )
-            for streams in splits.values():
-                for entry in streams.values():
-                    files += [*entry["shards"], entry["index"]]
-        manifest["digest"] = sha256("".join(file["sha256"] for file in files).encode())
+        manifest["digest"] = digest_of(files_of(manifest))
         replace(self._folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def _entropy(self, splits: dict[str, Any], stream: str) -> float:
@@ -263,6 +259,21 @@ class Making:
             for split in SPLITS
         )
         return unigram_entropy(train, validation)
+
+
+def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of `manifest` that describe a file each, all of those of its folder."""
+    files = [manifest["tokenizer"]]
+    for source in manifest["sources"]:
+        for split in SPLITS:
+            for entry in source[split].values():
+                files += [*entry["shards"], entry["index"]]
+    return files
+
+
+def digest_of(files: list[dict[str, Any]]) -> str:
+    """The SHA-256 over those of `files`."""
+    return sha256("".join(file["sha256"] for file in files).encode())
 
 
 class _Texts:

@@ -13,8 +13,9 @@ from horovod_lm.config import Config, Data
 from horovod_lm.data.cache import building, cache_folder, locked, sha256
 from horovod_lm.data.contents import CORPUS, SCHEMA, SPLITS, RawSource, raw_source, settings_of
 from horovod_lm.data.corpora import PREFIX, corpus_file
+from horovod_lm.data.digests import are_right
 from horovod_lm.data.documents import Corpus, file_digest, find_files
-from horovod_lm.data.making import Making
+from horovod_lm.data.making import Making, digest_of, files_of
 from horovod_lm.data.progress import Log as Log
 from horovod_lm.data.shards import Tokens
 from horovod_lm.data.tokenizer import Tokenizer
@@ -79,16 +80,16 @@ def prepare(config: Config, log: Log = print) -> Prepared:
         for name, corpus in _corpora(data, cache, log)
     ]
     folder = cache / _key(data, sources)
-    prepared = _open(folder, data)
+    prepared = _open(folder, data, log)
     if prepared is None:
         with locked(folder, log):
-            prepared = _open(folder, data)  # another process may have made it meanwhile
+            prepared = _open(folder, data, log)  # another process may have made it meanwhile
             if prepared is None:
                 if folder.exists():
                     log(f"the prepared data in {folder} is damaged; making it anew")
                 with building(folder, keep=True) as unfinished:
                     Making(unfinished, data, sources, given, log).run()
-                prepared = _open(folder, data)
+                prepared = _open(folder, data, log)
     assert prepared is not None
     _check_windows(prepared, config)
     return prepared
@@ -146,13 +147,14 @@ def _key(data: Data, sources: list[RawSource]) -> str:
     return sha256(json.dumps(settings).encode())[:32]
 
 
-def _open(folder: Path, data: Data) -> Prepared | None:
+def _open(folder: Path, data: Data, log: Log) -> Prepared | None:
     """What is in the cache, or None if that is missing or damaged."""
     weights = {source.name: source.weight for source in data.sources}
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        tokenizer = folder / "tokenizer.json"
-        if sha256(tokenizer.read_bytes()) != manifest["tokenizer"]["sha256"]:
+        tokenizer, files = folder / "tokenizer.json", files_of(manifest)
+        record = folder.parent / "known" / f"{folder.name}.json"
+        if digest_of(files) != manifest["digest"] or not are_right(folder, files, record, log):
             return None
         sources = {}
         for entry in manifest["sources"]:
@@ -162,7 +164,7 @@ def _open(folder: Path, data: Data) -> Prepared | None:
                 for split in SPLITS
             )
             sources[name] = Source(name, weights.get(name, 1.0), train, validation)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return Prepared(folder, Tokenizer.load(tokenizer), sources, manifest)
 

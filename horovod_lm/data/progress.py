@@ -17,6 +17,7 @@ Log = Callable[[str], None]
 
 _LOG_SECONDS = 5.0
 _LOOK = 64  # documents between looks at the clock
+_LARGE = 2**16  # characters of a piece that is worth a look by itself
 
 
 def follow(
@@ -37,7 +38,7 @@ def _follow(
         for piece in pieces:
             yield piece
             done += piece[1] and piece[2] == 0  # pairs count once
-            if done % _LOOK == 0 and time.monotonic() - last > _LOG_SECONDS:
+            if _due(done, piece) and time.monotonic() - last > _LOG_SECONDS:
                 last = time.monotonic()
                 log(f"{what}: {done:,}{of} documents")
         return
@@ -49,8 +50,12 @@ def _follow(
             for piece in pieces:
                 # Before it is used: nobody may ask for what comes after the last one.
                 done += piece[1] and piece[2] == 0
-                if done % _LOOK == 0:
+                if _due(done, piece):
                     bar.update(task, completed=done)
                 yield piece
         finally:
             bar.update(task, completed=done)
+
+
+def _due(done: int, piece: Piece) -> bool:
+    return done % _LOOK == 0 or len(piece[0]) >= _LARGE

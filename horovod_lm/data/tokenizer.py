@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from horovod_lm.data.interrupts import interruptible
 from horovod_lm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -97,7 +98,11 @@ class Tokenizer:
         from horovod_lm.data import trainers
 
         allow_threads()
-        return cls(trainers.train(texts, vocabulary, kind, normalise, special, sentinels))
+
+        def train(texts: Iterable[str]) -> tokenizers.Tokenizer:
+            return trainers.train(texts, vocabulary, kind, normalise, special, sentinels)
+
+        return cls(interruptible(train, texts))
 
     @classmethod
     def load(cls, path: Path, mend: str | None = None) -> Tokenizer:
@@ -117,13 +122,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=np.int32)
+        (ids,) = self.encode_batch([text])
+        return ids
 
     def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, int32, computed on all cores."""
+        """The ids of each text, int32, computed on all cores. Raises `UserError` where the
+        tokenizer has none."""
         allow_threads()
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            if type(error) is not Exception:  # which is what the library raises
+                raise
+            raise UserError(
+                f"the tokenizer has no ids for some of the text ({error}); give one that has an "
+                "unknown token, or one over bytes"
+            ) from None
+        for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray) -> str:

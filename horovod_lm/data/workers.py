@@ -3,7 +3,8 @@ standard output. So nothing is unpickled, and they end with the process that sta
 where that is killed.
 
 A message is its length in bytes (8 bytes), then numbers of 4 bytes: how many parts there are, and
-the length of each; then the parts themselves. All numbers are little-endian.
+the length of each; then the parts themselves. All numbers are little-endian. The first part of an
+answer says what is wrong with the texts; if it has no characters, their ids follow.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from horovod_lm.errors import RunFailed
+from horovod_lm.errors import RunFailed, UserError
 
 Batch = list[str]
 
@@ -52,12 +53,18 @@ class Workers:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = "1"
         command = [sys.executable, "-m", "horovod_lm.data.workers", str(self._tokenizer)]
-        for _ in range(self._count):
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
-            self._all.append(process)
-            self._idle.put(process)
+        # Ctrl-C goes to the whole group, and what is still starting would answer with a traceback:
+        # so they are born with it blocked, and the process that starts them decides what it means.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(self._count):
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                )
+                self._all.append(process)
+                self._idle.put(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A thread for each process, which waits for it.
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="tokenise")
         return self
@@ -82,7 +89,8 @@ class Workers:
                         stream.close()
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[list[np.ndarray]]:
-        """The ids of each text of each batch. Raises `RunFailed` if a process ended."""
+        """The ids of each text of each batch. Raises `RunFailed` if a process ended, `UserError` as
+        the tokenizer does."""
         waiting: deque[Future[list[np.ndarray]]] = deque()
         for batch in batches:
             waiting.append(self._threads.submit(self._one, batch))
@@ -109,7 +117,9 @@ class Workers:
                 f"a process that tokenises {how}; what is done is kept, so start it again, where "
                 "memory was short with a smaller data.workers"
             )
-        return [np.frombuffer(part, dtype="<i4") for part in parts]
+        if parts[0]:
+            raise UserError(parts[0].decode())
+        return [np.frombuffer(part, dtype="<i4") for part in parts[1:]]
 
 
 def _send(stream: IO[bytes], parts: list[bytes]) -> None:
@@ -136,13 +146,15 @@ def main() -> None:
     """Tokenise until the input ends."""
     from horovod_lm.data.tokenizer import Tokenizer
 
-    # Ctrl-C goes to the whole group; the process that started this one decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer = Tokenizer.load(Path(sys.argv[1]))
     try:
         while (parts := _receive(sys.stdin.buffer)) is not None:
             texts = [part.decode() for part in parts]
-            _send(sys.stdout.buffer, [ids.tobytes() for ids in tokenizer.encode_batch(texts)])
+            try:
+                answer = [b"", *(ids.tobytes() for ids in tokenizer.encode_batch(texts))]
+            except UserError as error:
+                answer = [str(error).encode()]
+            _send(sys.stdout.buffer, answer)
     except BrokenPipeError:
         os._exit(0)  # nobody is left who would read it
 

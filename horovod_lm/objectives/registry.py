@@ -239,7 +239,15 @@ class _Maker:
             return Packed(objective, shape)
         size = self.config.train.global_batch_size
         budget = (batching.tokens or size * sum(shape)) * rows // size
-        return Buckets(objective, shape, tokens=budget, count=batching.buckets, seed=seed)
+        layout = Buckets(objective, shape, tokens=budget, count=batching.buckets, seed=seed)
+        longest = max(map(sum, layout.shapes))
+        if self.split == "train" and longest > budget:
+            raise UserError(
+                f"batching.tokens = {batching.tokens} is too few for a row of objective "
+                f"{table.name}, whose longest one takes {longest}; set it to at least "
+                f"{-(-longest * size // rows)}, or a smaller model.context"
+            )
+        return layout
 
 
 _MAKERS: Mapping[str, Callable[..., Examples]] = {

@@ -87,7 +87,7 @@ def test_training_does_not_depend_on_threads():
     digests = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env={"TOKENIZERS_PARALLELISM": parallel, "RAYON_NUM_THREADS": threads},
+            env={"TOKENIZERS_PARALLELISM": parallel, "RAYON_NUM_THREADS": threads, **PATHS},
             capture_output=True,
             text=True,
             check=True,

@@ -25,7 +25,13 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
             reason = f"it is not JSON (column {error.colno}: {error.msg})"
             faults.broken(path, f"line {number}", reason)
         except (ValueError, RecursionError) as error:
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-            faults.broken(path, f"line {number}", reason)
+            faults.broken(path, f"line {number}", _reason(error))
         else:
             yield Record(f"line {number}", record)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    # Python's own words, which speak of Python.
+    return "it has a number with too many digits" if "set_int_max" in str(error) else str(error)

@@ -32,7 +32,7 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
             number += 1
             try:
                 common = {"title": article.get("title", ""), "context": paragraph["context"]}
-                found = paragraph["qas"] if questions else [None]
+                found = list(paragraph["qas"]) if questions else [None]
             except (KeyError, TypeError, AttributeError):
                 faults.broken(path, f"paragraph {number}", 'it lacks its "context" or "qas"')
                 continue

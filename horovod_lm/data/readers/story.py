@@ -30,7 +30,7 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
             current = highlights
         elif text:
             current.append(text)
-    if "highlights" in fields and not highlights:
+    if "highlights" in fields and article and not highlights:
         faults.broken(path, "its end", f"the story has no {_MARK}")
         return
     record = {"article": "\n".join(article), "highlights": "\n".join(highlights)}

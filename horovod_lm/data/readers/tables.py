@@ -6,7 +6,15 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from horovod_lm.data.readers import LONGEST, NOT_TEXT, Faults, Record, lines, unfit, whole_lines
+from horovod_lm.data.readers import (
+    LONGEST,
+    Faults,
+    Line,
+    Record,
+    limited_lines,
+    unfit,
+    whole_lines,
+)
 from horovod_lm.errors import UserError
 
 Rows = Iterator[tuple[int, list[str]]]  # the number of the first line of each row, and its cells
@@ -65,31 +73,38 @@ def _tabbed(path: Path, faults: Faults) -> Rows:
 
 
 def _quoted(path: Path, faults: Faults) -> Rows:
-    fed: list[tuple[int, str | None]] = []  # the lines of the row that is read
+    source = limited_lines(path)
+    fed: list[Line] = []  # of the row that is read
 
     def feed() -> Iterator[str]:
-        for number, line, reason in lines(path, LONGEST):
-            fed.append((number, reason))
-            yield line
+        for line in source:
+            fed.append(line)
+            if line.text is None:
+                return  # whether it opened or closed quotes is lost, and with it the row
+            yield line.text
 
     csv.field_size_limit(LONGEST)
     # Strict, so that an open quote is a fault and doesn't swallow the rest of the file unseen.
     reader = csv.reader(feed(), strict=True)
     while True:
         fed.clear()
+        row, reason = [], ""
         try:
             row = next(reader)
         except StopIteration:
-            return
+            if not fed:
+                return
         except csv.Error as error:
-            place = f"line {fed[0][0]}" if fed else "its end"
-            faults.broken(path, place, f"it is not CSV ({error})")
-            continue
-        wrong = [(number, reason) for number, reason in fed if reason]
-        if wrong:
-            faults.broken(path, f"line {wrong[0][0]}", str(wrong[0][1]), NOT_TEXT)
+            reason = f"it is not CSV ({error})"
+        if fed and fed[-1].text is None:
+            reader = csv.reader(feed(), strict=True)
+        wrong = next((line for line in fed if line.reason), None)
+        if wrong and wrong.reason:
+            faults.broken(path, f"line {wrong.number}", wrong.reason, wrong.mend)
+        elif reason:
+            faults.broken(path, f"line {fed[0].number}" if fed else "its end", reason)
         elif row:
-            yield fed[0][0], row
+            yield fed[0].number, row
 
 
 # The columns with the sentences, in any task, and those with the label, which a file for tests
@@ -132,6 +147,7 @@ def read_glue(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[R
             raise UserError(
                 f'{path} has no "{missing[0]}"; this file of GLUE has '
                 + ", ".join(f'"{name}"' for name in record)
+                + ": name those in data.fields, or leave the file out of data.text"
             )
         yield Record(f"line {number}", {name: record[name] for name in wanted})
 

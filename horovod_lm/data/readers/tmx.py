@@ -22,7 +22,7 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
     try:
         with reading(path) as stream:
             while block := stream.read(_BLOCK):
-                units.parser.Parse(block, False)
+                _parse(path, units, block)
                 yield from _records(path, fields, faults, units)
             units.parser.Parse(b"", True)
             yield from _records(path, fields, faults, units)
@@ -35,16 +35,24 @@ def read(path: Path, fields: tuple[str, ...], faults: Faults) -> Iterator[Record
         raise UserError(f"{path} has no <tu> in it, so it is no TMX file")
 
 
+def _parse(path: Path, units: _Units, block: bytes) -> None:
+    try:
+        units.parser.Parse(block, False)
+    except (LookupError, ValueError) as error:  # of an encoding that has no table of 256 characters
+        raise UserError(
+            f"{path} is in an encoding that can't be read here ({error}); convert it to UTF-8"
+        ) from None
+
+
 def _records(
     path: Path, fields: tuple[str, ...], faults: Faults, units: _Units
 ) -> Iterator[Record]:
-    for number, texts in units.done:
+    for number, texts, reason in units.done:
         record = {}
-        reason = None
         for name in fields:
             text = _of_language(texts, name.lower().replace("_", "-"))
             if text is None:
-                reason = f'its unit has no "{name}"; it has ' + (
+                reason = reason or f'its unit has no "{name}"; it has ' + (
                     ", ".join(f'"{language}"' for language in texts) or "no language"
                 )
                 break
@@ -64,7 +72,8 @@ def _of_language(texts: dict[str, str], wanted: str) -> str | None:
 
 
 class _Units:
-    """What the parser has found: `done` units, each its line's number and its texts by language."""
+    """What the parser has found: `done` units, each its line's number, its texts by language, and
+    what is wrong with it (or None)."""
 
     def __init__(self) -> None:
         self.parser = expat.ParserCreate()
@@ -72,16 +81,19 @@ class _Units:
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
         self.parser.CharacterDataHandler = self._text
-        self.done: list[tuple[int, dict[str, str]]] = []
+        self.parser.SkippedEntityHandler = self._skipped
+        self.done: list[tuple[int, dict[str, str], str | None]] = []
         self.seen = 0
         self._line, self._language = 0, ""
         self._texts: dict[str, str] = {}
+        self._reason: str | None = None
         self._segment: list[str] | None = None
         self._size = self._codes = 0
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         if name == "tu":
             self._line, self._texts = self.parser.CurrentLineNumber, {}
+            self._reason = None
             self.seen += 1
         elif name == "tuv":
             language = attributes.get("xml:lang") or attributes.get("lang", "")
@@ -90,6 +102,11 @@ class _Units:
             self._segment, self._size = [], 0
         elif name in _CODES:
             self._codes += 1
+
+    def _skipped(self, name: str, parameter: bool) -> None:
+        # Of the DTD that the file names and nobody reads: left out, it would join two words.
+        if self._segment is not None and not self._codes:
+            self._reason = f"its text has &{name};, which the file does not define"
 
     def _text(self, text: str) -> None:
         # A segment beyond all measure is cut just behind the limit, so that `unfit` refuses it.
@@ -104,4 +121,4 @@ class _Units:
         elif name in _CODES:
             self._codes -= 1
         elif name == "tu":
-            self.done.append((self._line, self._texts))
+            self.done.append((self._line, self._texts, self._reason))
