@@ -503,7 +503,6 @@ def test_several_sources_are_read_back_equal(tmp_path_factory, sources):
     assert again == config and again.digest == config.digest
 
 
-@settings(deadline=None)
 @given(values=overrides)
 def test_the_resolved_file_is_read_back_equal(tmp_path_factory, values):
     folder = tmp_path_factory.getbasetemp()
