@@ -54,7 +54,7 @@ def test_a_library_that_takes_the_texts_in_its_own_threads_is_left(config):
     # So slowly that it takes a minute, on a terminal, whose bar goes and whose cursor comes back.
     slow = (
         "import time\n"
-        "from horovod_lm.data import prepare as module\n"
+        "from horovod_lm.data import making as module\n"
         "cut = module._first\n"
         "def slowly(*arguments):\n"
         "    for piece in cut(*arguments):\n"

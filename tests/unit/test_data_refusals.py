@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from horovod_lm.config import make_config
-from horovod_lm.data import prepare as module
+from horovod_lm.data import contents as module
 from horovod_lm.data import progress
 from horovod_lm.data.cache import locked
 from horovod_lm.data.documents import Corpus
