@@ -22,11 +22,19 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/horovod_lm/data`, or under `~/.cache`."""
+    """`$XDG_CACHE_HOME/horovod_lm/data`, or under `~/.cache`. Raises `UserError` for a user without
+    a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "horovod_lm" / "data"
+    if os.path.isabs(base):
+        return Path(base) / "horovod_lm" / "data"
+    try:
+        return Path.home() / ".cache" / "horovod_lm" / "data"
+    except RuntimeError:  # as in a container that runs as a number nobody knows
+        raise UserError(
+            "there is no place for prepared data: this user has no home directory; set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def sha256(data: bytes) -> str:

@@ -180,6 +180,20 @@ def test_the_first_rank_alone_says_that_it_waits(tmp_path, rank):
     assert shown == ("another process is preparing folder; waiting for it\n" if rank == 0 else "")
 
 
+# Where the cache is
+
+
+def test_a_user_without_a_home(text, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+
+    def nobody(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert "this user has no home directory; set XDG_CACHE_HOME" in refused(config(text))
+
+
 # Progress of few large documents
 
 
