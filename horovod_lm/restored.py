@@ -41,12 +41,16 @@ class Restored:
 
 def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
-    trained with), with its data unless an imported model can do without. Raises `UserError` if
-    there is none."""
+    trained with), with its data unless an imported model can do without. Without data it is there
+    to generate text. Raises `UserError` if there is none, or its model can't do that."""
     if not (run / "config.toml").exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
     overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
     config = load_config(run / "config.toml", overrides)
+    if not data and "decoder" not in config.model.stacks:
+        raise UserError(
+            f'{run} is a model of kind "{config.model.kind}", which has no decoder to generate with'
+        )
     path = checkpoint.newest(run / "checkpoints", log=print)
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
