@@ -193,9 +193,9 @@ class Engine(Protocol):
         computation, fp32 (fp64 where the precision is); docs/parity.md lists the sites."""
 
     def start(self, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
-        """Begin decoding after prompts `tokens` (B, L) of equal length, with `source` and
-        `source_blocks` for an encoder-decoder: the (B, V) fp32 logits of the next token, and an
-        opaque cache of keys and values."""
+        """Begin decoding after prompts `tokens` (B, L) of equal length, perhaps with a `prefix`,
+        and with `source` and `source_blocks` for an encoder-decoder: the (B, V) fp32 logits of the
+        next token, and an opaque cache of keys and values."""
 
     def next(self, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         """Feed one token a row, (B,) int32: the (B, V) logits of the one after it, and the cache

@@ -19,25 +19,34 @@ def generate(
     seed: int = 0,
     end: int | None = None,
     source: np.ndarray | None = None,
+    prefix: bool = False,
 ) -> np.ndarray:
     """Continue `prompts` (B, L) int32 by up to `count` tokens: (B, <= count) int32. An
-    encoder-decoder has `source` (B, S) int32 beside them.
+    encoder-decoder has `source` (B, S) int32 beside them. `prefix`: the tokens of a prompt all see
+    each other, as a model of prefixes has learnt it.
 
     Temperature 0 is greedy. Otherwise tokens are drawn from softmax(logits / temperature) with
     numbers keyed by `seed`, the same in every framework. It stops when all rows have met `end`
     (rows that have go on with `end`), or when `context` is full. Raises `UserError` if a prompt is
-    empty or fills the context.
+    empty or fills the context, or a source has no room in it.
     """
     length = prompts.shape[1]
     if not 0 < length < context:
         raise UserError(
             f"the prompt has {length} tokens; allowed are 1 to {context - 1} (model.context - 1)"
         )
+    if source is not None and source.shape[1] > context:
+        raise UserError(
+            f"the prompt has {source.shape[1]} tokens, with the one that ends it; allowed are at "
+            f"most {context} (model.context)"
+        )
     count = min(count, context - length)
     randoms = uniforms(philox(seed, "decode"), count * len(prompts)).reshape(count, -1)
     inputs = {"tokens": prompts.astype(np.int32)}
     if source is not None:
         inputs["source"] = source.astype(np.int32)
+    if prefix:
+        inputs["prefix"] = np.ones_like(inputs["tokens"])
     logits, cache = engine.start(inputs)
     done = np.zeros(len(prompts), dtype=bool)
     tokens: list[np.ndarray] = []

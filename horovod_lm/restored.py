@@ -40,10 +40,14 @@ class Restored:
 
 def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
-    trained with), with its data unless an imported model can do without. Raises `UserError` if
-    there is none."""
+    trained with), with its data unless an imported model can do without. Without data it is there
+    to generate text. Raises `UserError` if there is none, or its model can't do that."""
     overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
     config, path = checkpoint.of_run(run, overrides)
+    if not data and "decoder" not in config.model.stacks:
+        raise UserError(
+            f'{run} is a model of kind "{config.model.kind}", which has no decoder to generate with'
+        )
     threads = environment.apply(config)
     own = None if data else read_imported(run)
     tokenizer = None

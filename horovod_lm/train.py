@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed, explain, together
 from horovod_lm.backend import (
@@ -46,7 +48,15 @@ from horovod_lm.hooks import (
 from horovod_lm.loop import Hook, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
 from horovod_lm.objectives import Corpus
-from horovod_lm.objectives.registry import Split, check_kind, factors, loss_names, make_feeds
+from horovod_lm.objectives.registry import (
+    Split,
+    check_kind,
+    factors,
+    loss_names,
+    make_feeds,
+    prompt_begin,
+    prompt_is_prefix,
+)
 from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import STATE, RunRecord, carry_over, claim, default_folder
 from horovod_lm.schedule import learning_rate
@@ -369,11 +379,17 @@ class Training:
     def _sample(self) -> dict[str, str] | None:
         """Rank 0 lets the model go on from the beginning of the validation text."""
         context, tokenizer = self.config.model.context, self.prepared.tokenizer
-        count = min(SAMPLE_TOKENS, context // 2, len(self.prepared.validation) // 2)
+        begin = prompt_begin(self.config, tokenizer)
+        room = context - (begin is not None)
+        count = min(SAMPLE_TOKENS, room // 2, len(self.prepared.validation) // 2)
         if self.communicator.rank or count < 1 or self.config.model.kind != "decoder":
             return None
         text = self.prepared.validation.read(0, 2 * count)
-        out = generate(self.engine, text[None, :count], count, context=context, end=tokenizer.end)
+        prompt = text[:count] if begin is None else np.append(np.int32(begin), text[:count])
+        prefix = prompt_is_prefix(self.config)
+        out = generate(
+            self.engine, prompt[None], count, context=context, end=tokenizer.end, prefix=prefix
+        )
         return {
             "prompt": tokenizer.decode(text[:count]),
             "truth": tokenizer.decode(text[count:]),

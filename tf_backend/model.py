@@ -311,7 +311,7 @@ class Transformer(keras.Model):
                 mask = _mask(own["blocks"][:, None] == 1, self.dtype)
         shape = (2, len(tokens), spec.key_value_count, spec.context, spec.head_width)
         caches = [Cache(tf.Variable(tf.zeros(shape, self.dtype)), cross) for cross in crosses]
-        return self._feed(tokens, Past(caches, mask, tf.constant(0)))
+        return self._feed(tokens, Past(caches, mask, tf.constant(0)), inputs.get("prefix"))
 
     def next(self, tokens_B: tf.Tensor, past: Past) -> tuple[tf.Tensor, Past]:
         """Feed one token a row; what `start` gives."""
@@ -391,10 +391,10 @@ class Transformer(keras.Model):
         length, blocks, prefix = tokens.shape[1], own.get("blocks"), own.get("prefix")
         return x, self.stacks[stack].sight(length, blocks, prefix, positions)
 
-    def _feed(self, tokens, past: Past) -> tuple[tf.Tensor, Past]:
+    def _feed(self, tokens, past: Past, prefix=None) -> tuple[tf.Tensor, Past]:
         decoder, length, start = self.stacks["decoder"], tokens.shape[1], past.start
         x = self.embeddings(tokens, None, start=start)
-        sight, cross_sight = decoder.sight(length, start=start), Sight()
+        sight, cross_sight = decoder.sight(length, prefix=prefix, start=start), Sight()
         if past.cross_mask is not None:
             cross_sight = _crossing(tf.repeat(past.cross_mask, length, axis=1))
         known = {"cross_sight": cross_sight, "caches": past.caches}

@@ -19,7 +19,8 @@ Examples:
     "--prompt",
     required=True,
     metavar="TEXT",
-    help="The text to go on from, or to encode; -: stdin.",
+    help="The text to go on from, or to encode; the name of a special token, such as "
+    "<extra_id_0>, stands for it; -: stdin.",
 )
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="How many.")
 @click.option(
@@ -49,30 +50,33 @@ def command(
     text = _standard_input() if prompt == "-" else prompt
     if not text:
         raise UserError("the prompt is empty; give at least one character")
+    import numpy as np
+
     from horovod_lm.decode import generate
+    from horovod_lm.objectives.registry import prompt_begin, prompt_is_prefix
+    from horovod_lm.objectives.words import decoder_start
     from horovod_lm.restored import restore
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
         restored = restore(run, backend, data=False)
-        tokenizer = restored.tokenizer
-        begun, source = tokenizer.encode(text)[None], None
-        if restored.config.model.kind == "encoder-decoder":
-            import numpy as np
-
-            from horovod_lm.objectives.words import decoder_start
-
-            source = np.append(begun, np.array([[tokenizer.end]], np.int32), axis=1)
-            start = decoder_start(tokenizer) if restored.start is None else restored.start
-            begun = np.array([[start]], np.int32)
+        config, tokenizer = restored.config, restored.tokenizer
+        ids, source = tokenizer.encode(text, special=True), None
+        if config.model.kind == "encoder-decoder":
+            source = np.append(ids, np.int32(tokenizer.end))[None]
+            begin = decoder_start(tokenizer) if restored.start is None else restored.start
+            ids = np.array([begin], np.int32)
+        elif (begin := prompt_begin(config, tokenizer)) is not None:
+            ids = np.append(np.int32(begin), ids)
         out = generate(
             restored.engine,
-            begun,
+            ids[None],
             tokens,
-            context=restored.config.model.context,
+            context=config.model.context,
             temperature=temperature,
             seed=seed,
             end=tokenizer.end,
             source=source,
+            prefix=source is None and prompt_is_prefix(config),
         )
         restored.communicator.shutdown()
     if restored.communicator.rank:

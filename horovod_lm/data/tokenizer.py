@@ -120,9 +120,14 @@ class Tokenizer:
         """Write it as the JSON of the `tokenizers` library."""
         path.write_text(self._tokenizer.to_str(), encoding="utf-8")
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32."""
-        (ids,) = self.encode_batch([text])
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """The ids of `text`, int32; `special`: where it holds the characters of a special token,
+        they stand for that."""
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            (ids,) = self.encode_batch([text])
+        finally:
+            self._tokenizer.encode_special_tokens = True
         return ids
 
     def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:

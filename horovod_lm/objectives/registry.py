@@ -72,6 +72,19 @@ def causal_windows(tokens: TokenStream, context: int, rows: int, seed: int) -> l
     return [Feed([objective], [Single(objective, (context,))], [1.0], seed=seed, rows=rows)]
 
 
+def prompt_begin(config: Config, tokenizer: Tokenizer) -> int | None:
+    """The token that stands before a text from which a decoder goes on, as it stood before the
+    documents that it was trained on; None where these stood in windows, behind anything."""
+    if config.batching.kind == "windows":
+        return None
+    return tokenizer.special.get("begin", tokenizer.end)
+
+
+def prompt_is_prefix(config: Config) -> bool:
+    """Whether such a text is one of which all tokens see each other."""
+    return all(table.name == "prefix_lm" for table in tables(config))
+
+
 def check_kind(config: Config) -> None:
     """Raise `UserError` unless the model is of the kind that each objective needs."""
     for table in tables(config):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 
 from horovod_lm.data.packing import document_pieces
@@ -12,6 +15,21 @@ from horovod_lm.objectives.words import need, sentence_ends
 from horovod_lm.randomness import Keys, fractions
 
 _SPECIAL = 3  # classify A separate B separate
+_CANDIDATES = 8  # pieces of other documents that are tried for a B
+_ENOUGH = 0.9  # of the room for it, with which no further one is tried
+_KNOWN = 2**14  # pairs that are remembered, since a batch asks for each a few times
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One example: A are the first `cut` tokens of a piece; B is what follows them, or of the piece
+    `other` (of another document) what begins at `start`. `total`: the tokens of both."""
+
+    label: int
+    cut: int
+    total: int
+    other: int | None = None
+    start: int = 0
 
 
 class SentencePairs(Objective):
@@ -21,6 +39,10 @@ class SentencePairs(Objective):
     In half of the examples the label is 1: then B comes from another document (next sentence;
     Devlin et al., 2019, where 0 is IsNext), or A and B have changed places (sentence order; Lan et
     al., 2020). With `masking` the same rows are those of a masked language model too.
+
+    Another document's B is cut as one that follows is: it begins behind the end of a sentence, so
+    never with its document, and goes on to the end of its piece; of a few pieces, that one is taken
+    which fills the room best. Where B begins and ends would tell the label otherwise.
     """
 
     both_sides = ("tokens",)
@@ -61,6 +83,8 @@ class SentencePairs(Objective):
         self.losses = (masking.loss, loss) if masking else (loss,)
         self.lengths = self.pieces.lengths[:, None] + _SPECIAL
         self.places = masking.places(self.pieces.lengths) if masking else None
+        # Of the object alone: a cache of the method would keep the object alive.
+        self._pair = lru_cache(_KNOWN)(self._pair_of)
 
     def counts(self, examples: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         found = {self._loss.name: np.ones(len(examples), dtype=np.int64)}
@@ -71,30 +95,25 @@ class SentencePairs(Objective):
             parts = [self.example(*pair).targets[self._masking.loss.name] for pair in pairs]
             masked = np.array([len(part.values) for part in parts], dtype=np.int64)
         else:
-            masked = self._masking.places(self._drawn(examples, epochs)[3])
+            masked = self._masking.places(self._totals(examples, epochs))
         return {self._masking.loss.name: masked, **found}
 
     def real(self, examples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """The length of each example (M,): less than planned where another document's B is
-        shorter than the piece's own."""
-        return self._drawn(examples, epochs)[3][:, None] + _SPECIAL
+        """The length of each example (M,): that of its piece, or less where B is another
+        document's, whose sentences are known by reading them only."""
+        return self._totals(examples, epochs)[:, None] + _SPECIAL
 
     def example(self, number: int, epoch: int) -> Example:
-        label, cut, other, total = (
-            int(array[0]) for array in self._drawn(np.array([number]), np.array([epoch]))
-        )
-        starts, lengths = self.pieces.starts, self.pieces.lengths
-        first = self._tokens.read(int(starts[number]), min(total, int(lengths[number])))
-        foreign = bool(label) and not self._swap
-        least = max(1, total - int(lengths[other])) if foreign else 1
-        cut = self._at_sentence(first, cut, least, total - 1)
-        second = self._tokens.read(int(starts[other]), total - cut) if foreign else first[cut:]
-        first = first[:cut]
-        if label and self._swap:
+        pair = self._pair(number, epoch)
+        text = self._piece(number)
+        first, second = text[: pair.cut], text[pair.cut :]
+        if pair.other is not None:
+            second = self._piece(pair.other)[pair.start :]
+        if pair.label and self._swap:
             first, second = second, first
         one, two = [self._classify], [self._separate]
         ids = np.concatenate([one, first, two, second, two]).astype(np.int32)
-        targets = {self._loss.name: Targets(np.array([label], dtype=np.int32))}
+        targets = {self._loss.name: Targets(np.array([pair.label], dtype=np.int32))}
         if self._masking:
             places = np.arange(1, len(ids) - 1)
             places = places[places != len(first) + 1]
@@ -105,24 +124,56 @@ class SentencePairs(Objective):
             inputs["segments"] = (np.arange(len(ids)) > len(first) + 1).astype(np.int32)
         return Example(inputs, targets)
 
-    def _drawn(self, examples: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of each example its label, where it is cut, the piece that B is from if it is another
-        document's, and the tokens of A and B together; without reading any."""
-        drawn = fractions(self._keys(examples, epochs, 0), 3)
-        lengths = self.pieces.lengths
-        own = lengths[examples]
-        labels = (drawn[:, 0] < 0.5).astype(np.int64)
-        cuts = 1 + (drawn[:, 1] * (own - 1)).astype(np.int64)
-        if self._swap:
-            return labels, cuts, examples, own
-        begin, end = (edge[examples] for edge in self._own)
-        others = (drawn[:, 2] * (len(lengths) - (end - begin))).astype(np.int64)
-        others += np.where(others >= begin, end - begin, 0)
-        totals = np.where(labels == 1, np.minimum(own, cuts + lengths[others]), own)
-        return labels, cuts, others, totals
+    def _piece(self, number: int) -> np.ndarray:
+        return self._tokens.read(int(self.pieces.starts[number]), int(self.pieces.lengths[number]))
 
-    def _at_sentence(self, ids: np.ndarray, cut: int, least: int, most: int) -> int:
-        """The place from `least` to `most` after the end of a sentence that is nearest to `cut`,
-        or `cut`."""
-        places = np.flatnonzero(self._ends[ids[least - 1 : most]]) + least
+    def _drawn(self, examples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """(M, 2 + candidates) numbers between 0 and 1: for the label, the cut and other pieces."""
+        return fractions(self._keys(examples, epochs, 0), 2 + _CANDIDATES)
+
+    def _totals(self, examples: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """The tokens of A and B together, (M,)."""
+        totals = self.pieces.lengths[examples]
+        if not self._swap:
+            for place in np.flatnonzero(self._drawn(examples, epochs)[:, 0] < 0.5).tolist():
+                totals[place] = self._pair(int(examples[place]), int(epochs[place])).total
+        return totals
+
+    def _pair_of(self, number: int, epoch: int) -> _Pair:
+        drawn = self._drawn(np.array([number]), np.array([epoch]))[0]
+        text = self._piece(number)
+        total, label = len(text), int(drawn[0] < 0.5)
+        cut = self._at_sentence(text, 1 + int(drawn[1] * (total - 1)))
+        if self._swap or not label:
+            return _Pair(label, cut, total)
+        at_end = bool(self._ends[text[cut - 1]])
+        other, start, length = self._foreign(number, drawn[2:], total - cut, at_end)
+        return _Pair(label, cut, cut + length, other, start)
+
+    def _foreign(
+        self, number: int, drawn: np.ndarray, room: int, at_end: bool
+    ) -> tuple[int, int, int]:
+        """The end of a piece of another document, of at most `room` tokens: the piece, where the
+        end begins, and its length. `at_end`: from a sentence on, where a piece that was drawn has
+        such an end."""
+        begin, end = (int(edge[number]) for edge in self._own)
+        others = (drawn * (len(self.pieces) - (end - begin))).astype(np.int64)
+        others += np.where(others >= begin, end - begin, 0)
+        found = []
+        for other in others.tolist():
+            text = self._piece(other)
+            start, fits = max(1, len(text) - room), not at_end
+            if at_end:
+                places = np.flatnonzero(self._ends[text[start - 1 : -1]])
+                fits = bool(places.size)
+                start += int(places[0]) if fits else 0
+            found.append((fits, len(text) - start, other, start))
+            if fits and len(text) - start >= _ENOUGH * room:
+                break
+        _, length, other, start = max(found, key=lambda one: one[:2])
+        return other, start, length
+
+    def _at_sentence(self, ids: np.ndarray, cut: int) -> int:
+        """The place within `ids` after the end of a sentence that is nearest to `cut`, or `cut`."""
+        places = np.flatnonzero(self._ends[ids[:-1]]) + 1
         return int(places[np.abs(places - cut).argmin()]) if places.size else cut

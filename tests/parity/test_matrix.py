@@ -165,14 +165,19 @@ class Comparison:
                 assert apart <= self.near, (site, apart)
 
     def check_decoding(self) -> None:
-        """The cache gives what the whole sequence gives."""
-        kept = ("tokens", "source", "source_blocks")
+        """The cache gives what the whole sequence gives, behind a prefix too."""
+        kept = ("tokens", "source", "source_blocks", "prefix")
         inputs = {name: array for name, array in self.micro.inputs.items() if name in kept}
+        prompt = {name: inputs[name][:, :4] for name in ("tokens", "prefix") if name in inputs}
+        if "prefix" in inputs:
+            inputs["prefix"] = np.pad(
+                prompt["prefix"], ((0, 0), (0, inputs["tokens"].shape[1] - 4))
+            )
         tokens = inputs["tokens"]
         whole = self.reference.logits(inputs)
         for name, engine in self.engines.items():
             title = f"{self.precision}, logits of decoding, {name} to reference"
-            last, cache = engine.start(inputs | {"tokens": tokens[:, :4]})
+            last, cache = engine.start(inputs | prompt)
             within(title, difference(last, whole[:, 3]), self.near)
             for position in range(4, 7):
                 last, cache = engine.next(tokens[:, position], cache)

@@ -173,6 +173,10 @@ def test_special_tokens_are_known_by_what_they_are_for(kind, tmp_path):
         assert not {*tokenizer.special.values(), *tokenizer.sentinels} & (
             {*ids.tolist()} - {tokenizer.special.get("unknown")}
         )
+        # Unless they are asked for, once.
+        asked = tokenizer.encode("The <extra_id_1> sat.", special=True).tolist()
+        assert asked.count(tokenizer.sentinels[1]) == 1
+        assert tokenizer.sentinels[1] not in tokenizer.encode("The <extra_id_1> sat.")
 
 
 def test_without_special_tokens_there_are_none(tokenizer):

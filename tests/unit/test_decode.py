@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from horovod_lm.config import make_config, to_toml
 from horovod_lm.decode import generate
 from horovod_lm.errors import UserError
+from horovod_lm.restored import restore
 from tests.helpers import on_ranks
 from tests.numpy_backend import NumpyEngine
 
@@ -43,6 +45,29 @@ def test_the_context_is_filled_and_no_more(engine):
 def test_a_prompt_that_is_empty_or_fills_the_context_is_refused(engine, length):
     with pytest.raises(UserError, match=f"has {length} tokens; allowed are 1 to 7"):
         generate(engine, np.zeros((1, length), np.int32), 1, context=8)
+
+
+def test_a_source_longer_than_the_context_is_refused(engine):
+    with pytest.raises(UserError, match="the prompt has 9 tokens, with the one that ends it"):
+        generate(engine, prompts([0]), 1, context=8, source=np.zeros((1, 9), np.int32))
+    assert generate(engine, prompts([0]), 1, context=8, source=np.zeros((1, 8), np.int32)).size
+
+
+def test_the_engine_is_told_of_a_prefix(engine):
+    seen = []
+    engine.start = lambda inputs: (seen.append(inputs), NumpyEngine.start(engine, inputs))[1]
+    for prefix in (False, True):
+        generate(engine, prompts([0, 1], [2, 4]), 2, context=8, prefix=prefix)
+    assert [sorted(inputs) for inputs in seen] == [["tokens"], ["prefix", "tokens"]]
+    assert seen[1]["prefix"].tolist() == [[1, 1], [1, 1]]
+    assert seen[1]["prefix"].dtype == np.int32
+
+
+def test_an_encoder_alone_is_refused_before_any_work(tmp_path):
+    config = make_config({"model": {"kind": "encoder"}}, "test")
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    with pytest.raises(UserError, match='of kind "encoder", which has no decoder to generate'):
+        restore(tmp_path, None, data=False)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

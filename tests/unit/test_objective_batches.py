@@ -6,10 +6,16 @@ import pytest
 from horovod_lm.config import make_config
 from horovod_lm.data.batches import Batches, validation_batches
 from horovod_lm.errors import UserError
-from horovod_lm.objectives.registry import factors, loss_names, make_feeds
+from horovod_lm.objectives.registry import (
+    factors,
+    loss_names,
+    make_feeds,
+    prompt_begin,
+    prompt_is_prefix,
+)
 from tests.helpers import on_ranks
 from tests.numpy_backend import NumpyEngine
-from tests.unit.texts import END, VOCABULARY, Words, corpus
+from tests.unit.texts import BEGIN, END, VOCABULARY, Words, corpus
 
 CONTEXT = 64
 BATCH = 11
@@ -407,6 +413,20 @@ def test_validation_is_the_same_on_any_number_of_ranks(kind, name, windows):
         results.append((rows, sums))
     assert results[0] == results[1]
     assert tuple(results[0][1]) == loss_names(config)
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "prefix_lm", "both decoders'"])
+def test_a_prompt_begins_as_the_texts_that_were_trained_on(name):
+    for kind in ("packed", "buckets"):
+        for words, begin in ((Words(), BEGIN), (Words(special={}), END)):
+            config = case(kind, name)
+            assert prompt_begin(config, words) == begin
+            (feed, *_) = make_feeds(config, CORPORA[:1], words, "train")
+            (first, *_) = np.flatnonzero(feed.objectives[0].pieces.starts == 0)
+            assert feed.objectives[0].example(int(first), 0).inputs["tokens"][0] == begin
+    config = case("windows", name)
+    assert prompt_begin(config, Words()) is None
+    assert prompt_is_prefix(config) == (name == "prefix_lm")
 
 
 def test_what_is_missing_is_said():

@@ -287,6 +287,62 @@ def test_next_sentence_is_the_next_or_another_documents():
     assert len(set(others)) > 70
 
 
+def sentences(generator, opener, count):
+    """Documents of 1 to 5 sentences, each of up to 12 ids and one that ends it; `opener` is the
+    first id of a document and of nothing else."""
+    documents = []
+    for _ in range(count):
+        parts = [
+            np.append(generator.integers(opener + 1, STOP, generator.integers(3, 13)), STOP)
+            for _ in range(generator.integers(1, 6))
+        ]
+        parts[0][0] = opener
+        documents.append(np.concatenate(parts))
+    return documents
+
+
+def test_where_another_documents_sentence_begins_and_ends_says_nothing():
+    generator = np.random.default_rng(3)
+    stream = Stream(sentences(generator, FIRST, 400))
+    objective = pairs(text=Corpus("corpus", stream))
+    found = {0: [], 1: []}
+    for number in range(len(objective.lengths)):
+        for epoch in range(12):
+            example = objective.example(number, epoch)
+            first, second = cut(example)
+            # Of a document of one sentence each part of a pair is a part of that.
+            if first[-1] == STOP:
+                (label,) = example.targets["next_sentence"].values
+                texts = [first, second]
+                found[int(label)].append(
+                    [part for text in texts for part in (text[0], text[-1], len(text))]
+                )
+    next_one, other = (np.array(found[label]) for label in (0, 1))
+    for pairs_found in (next_one, other):
+        assert len(pairs_found) > 1500
+        assert (pairs_found[:, [1, 4]] == STOP).all()  # both end with a sentence
+        assert (pairs_found[:, 0] == FIRST).all() and (pairs_found[:, 3] != FIRST).all()
+    # Nor do lengths: of A they are the same, and of B nearly.
+    for column, near in ((2, 0.05), (5, 0.1)):
+        means = next_one[:, column].mean(), other[:, column].mean()
+        assert means[1] == pytest.approx(means[0], rel=near)
+
+
+def test_a_text_that_is_cut_within_a_sentence_meets_one_that_begins_within_one():
+    generator = np.random.default_rng(3)
+    whole = [generator.integers(FIRST, STOP, generator.integers(4, 20)) for _ in range(80)]
+    long = [np.tile([FIRST] * 9 + [STOP], 6) for _ in range(80)]
+    objective = pairs(text=Corpus("corpus", Stream([*whole, *long])))
+    starts = []
+    for number in range(80):
+        example = objective.example(number, 0)
+        if example.targets["next_sentence"].values[0]:
+            first, second = cut(example)
+            assert len(first) + len(second) == len(whole[number])
+            starts.append(int((second == STOP).argmax()) if STOP in second else None)
+    assert len(starts) > 25 and len(set(starts)) > 5
+
+
 def test_positive_pairs_are_the_text():
     objective, text = pairs(), corpus().tokens
     ends, at_end = 0, 0
