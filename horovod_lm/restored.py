@@ -17,6 +17,7 @@ from horovod_lm.convert.folder import TOKENIZER
 from horovod_lm.convert.run import read_imported
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.data.tokenizer import Tokenizer
+from horovod_lm.errors import UserError
 from horovod_lm.hooks import local_evaluation, means, perplexity, total_loss
 from horovod_lm.objectives.registry import factors, loss_names
 from horovod_lm.run_folder import IMPORTED
