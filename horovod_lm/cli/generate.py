@@ -65,8 +65,8 @@ def command(
             source = np.append(ids, np.int32(tokenizer.end))[None]
             begin = decoder_start(tokenizer) if restored.start is None else restored.start
             ids = np.array([begin], np.int32)
-        elif (begin := prompt_begin(config, tokenizer)) is not None:
-            ids = np.append(np.int32(begin), ids)
+        elif (first := prompt_begin(config, tokenizer)) is not None:
+            ids = np.append(np.int32(first), ids)
         out = generate(
             restored.engine,
             ids[None],
