@@ -41,8 +41,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A host on which munged, slurmctld and slurmd run."""
     folder = tmp_path_factory.mktemp("slurm")
-    for path in (*folder.parents[:2], folder):
-        path.chmod(0o755)  # munge wants its socket to be reachable
+    # munge wants its socket to be reachable; the folders above may be 0700
+    for path in (folder, *folder.parents):
+        if path.stat().st_mode & 0o077 == 0:
+            path.chmod(0o755)
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 node\n")
