@@ -264,17 +264,21 @@ def newest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
     return None
 
 
-def of_run(run: Path, overrides: Iterable[str] = ()) -> tuple[Config, Path]:
-    """The config in the folder of a run, with `overrides`, and the run's newest valid checkpoint.
-    Raises `UserError` if one is missing, or if they are of different models."""
+def config_of_run(run: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config in the folder of a run, with `overrides`. Raises `UserError` if there is none."""
     if not (run / "config.toml").exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
-    config = load_config(run / "config.toml", overrides)
+    return load_config(run / "config.toml", overrides)
+
+
+def newest_of_run(run: Path, config: Config) -> Path:
+    """The newest valid checkpoint in the folder of a run. Raises `UserError` if there is none, or
+    if it is not of the model of `config`."""
     path = newest(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
     check_model(path, config.model)
-    return config, path
+    return path
 
 
 def load(path: Path) -> RunState:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
 from horovod_lm.launch import MARKER
+
+
+def open_to_others(folder: Path) -> None:
+    """Lets other users reach `folder`, a temporary one, to which pytest lets nobody else."""
+    for path in (folder, *folder.parents[:3]):
+        if path.stat().st_mode & 0o077 == 0:
+            path.chmod(0o755)
 
 
 @dataclass

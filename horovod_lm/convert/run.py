@@ -217,8 +217,8 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
 
 def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
     """The config of a run and the weights of its newest checkpoint."""
-    config, path = checkpoint.of_run(run)
-    weights = checkpoint.load(path).engine.weights
+    config = checkpoint.config_of_run(run)
+    weights = checkpoint.load(checkpoint.newest_of_run(run, config)).engine.weights
     return config, {name: array.astype("f", copy=False) for name, array in weights.items()}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import ROOT, Host, filled_in, stopping, tiny_config, why_not
+from tests.helpers import open_to_others
 
 REASON = why_not("slurmctld", "slurmd", "munged", "sbatch")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -41,10 +42,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A host on which munged, slurmctld and slurmd run."""
     folder = tmp_path_factory.mktemp("slurm")
-    # munge wants its socket to be reachable, and pytest's folders are 0700.
-    for path in (folder, *folder.parents[:3]):
-        if path.stat().st_mode & 0o077 == 0:
-            path.chmod(0o755)
+    open_to_others(folder)  # munge wants its socket to be reachable
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 node\n")

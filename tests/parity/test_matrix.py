@@ -116,9 +116,12 @@ class Comparison:
             self.compare("hidden", {name: s[stack] for name, s in hidden.items()}, array)
         sums = [engine.evaluate(self.micro) for engine in self.engines.values()]
         for loss in self.micro.losses:
-            (one, count), (two, same) = (found[loss.name] for found in sums)
-            assert count == same == pytest.approx(float(loss.weights.sum()))
-            assert one == pytest.approx(two, rel=self.near)
+            one, two = (found[loss.name] for found in sums)
+            assert one.weights == two.weights == pytest.approx(float(loss.weights.sum()))
+            assert one.nll == pytest.approx(two.nll, rel=self.near)
+            if self.exact:
+                exact = self.reference.hits(inputs, loss)
+                assert one.hits == two.hits == pytest.approx(exact, abs=1e-6), loss.name
 
     def check_gradients(self) -> None:
         micro, spec = self.micro, self.spec

@@ -9,6 +9,7 @@ from horovod_lm.data import documents
 from horovod_lm.data.documents import Corpus, file_digest, find_files
 from horovod_lm.data.readers import Faults
 from horovod_lm.errors import UserError
+from tests.helpers import open_to_others
 
 
 def whole(path, kind):
@@ -171,9 +172,7 @@ def test_what_may_not_be_read_is_named(tmp_path, locked):
         "try:\n    [file_digest(path) for path in find_files([sys.argv[1]])]\n"
         "except UserError as error:\n    print(error)"
     )
-    # The temporary folders of pytest are closed to others.
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_others(tmp_path)
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
