@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import tensors
 from horovod_lm.convert.bert import Bert, DistilBert, Roberta
-from horovod_lm.convert.family import Family, Json, Row, Shapes, Values
+from horovod_lm.convert.family import Family, Json, Row, Shapes, Values, shown
 from horovod_lm.convert.folder import Weights
 from horovod_lm.convert.gpt2 import Gpt2
 from horovod_lm.convert.llama import Llama
@@ -72,8 +72,8 @@ def family_of(config: Json) -> Family:
     """The family that a config.json names."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        shown = "missing" if name is None else f"{json.dumps(name)[:80]}, which is unknown"
-        raise UserError(f"config.json: model_type is {shown}; known: {', '.join(FAMILIES)}")
+        what = "missing" if name is None else f"{shown(name)}, which is unknown"
+        raise UserError(f"config.json: model_type is {what}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -199,7 +199,7 @@ def spec_of(family: Family, config: Json, shapes: Shapes) -> ModelSpec:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])
         reason = fault["ctx"]["error"] if fault["type"] == "value_error" else fault["msg"]
-        given = f"{key} = {fault['input']}: " if key else ""
+        given = f"{key} = {shown(fault['input'])}: " if key else ""
         raise UserError(f"config.json: there is no such model here: {given}{reason}") from None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from horovod_lm.errors import UserError
 
 _LONGEST_HEADER = 100_000_000  # bytes, the library's own limit
+_LONGEST_NAME = 1000
 _SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
     "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -74,7 +75,7 @@ def read(path: Path) -> File:
         return _read(path)
     except OSError as error:
         raise UserError(f"{path} can't be read: {(error.strerror or str(error)).lower()}") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a valid safetensors file: {error}") from None
 
 
@@ -114,12 +115,15 @@ def places(header: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        dtype, shape = entry["dtype"], entry["shape"]
-        start, stop = entry["data_offsets"]
-        if dtype not in _SIZES:
-            raise ValueError(f"{name} has the unknown type {dtype}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        if not name.isprintable() or len(name) > _LONGEST_NAME:  # it would spoil every message
+            raise ValueError(f"its header has the name {ascii(name[:80])}, which no tensor has")
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in _SIZES:
+            raise ValueError(f"{name} has the unknown type {json.dumps(dtype)[:80]}")
+        if not (_numbers(shape) and _numbers(place) and len(place) == 2):
             raise ValueError(f"{name} has no plain shape and place")
+        start, stop = place
         if stop - start != math.prod(shape) * _SIZES[dtype]:
             raise ValueError(f"{name} has {stop - start} bytes, which is not {shape} of {dtype}")
         spans[name] = (dtype, tuple(shape), start, stop)
@@ -129,6 +133,10 @@ def places(header: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
             raise ValueError(f"{name} begins at byte {start} of the data instead of {at}")
         at = stop
     return spans
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

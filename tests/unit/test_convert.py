@@ -438,6 +438,12 @@ BAD = [
     (set_config(model_type="mamba"), 'model_type is "mamba", which is unknown; known: bert, rob'),
     (set_config(model_type=None), "model_type is missing"),
     (set_config(hidden_act="mish"), 'hidden_act = "mish" is not supported; allowed: "gelu" or'),
+    (set_config(hidden_act=["gelu"]), r'hidden_act = \["gelu"\] is not supported; allowed: "gelu" or'),
+    (set_config(hidden_act="a" * 10_000), r'hidden_act = "a{79}… is not supported'),
+    (set_config(hidden_act="a\n\ud800"), r'hidden_act = "a\\n\\ud800" is not supported'),
+    (set_config(layer_norm_eps=10**400), r"layer_norm_eps = 10{79}… must be a number"),
+    (set_config(layer_norm_eps=float("nan")), "norm_epsilon = NaN: Input should be a finite"),
+    (set_config(hidden_size=-8), "hidden_size = -8 must be a whole number above 0"),
     (set_config(position_embedding_type="relative_key"), "position_embedding_type"),
     (set_config(is_decoder=True), "is_decoder = true is not supported; allowed: false"),
     (set_config(hidden_size="8"), 'hidden_size = "8" must be a whole number above 0'),
@@ -464,8 +470,33 @@ def test_bad_input_has_one_message(spoil, message, bert, tmp_path):
     spoil(bert)
     with pytest.raises(UserError, match=message) as error:
         import_run(bert, tmp_path / "run")
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
     assert not (tmp_path / "run").exists()
+
+
+FULL = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+HEADERS = [
+    ({"a": 1}, "a has the unknown type null"),
+    ({"a": {"dtype": ["F32"]}}, r'a has the unknown type \["F32"\]'),
+    ({"a": {"dtype": "U8"}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "shape": [-4]}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "shape": "4"}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "data_offsets": [4]}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "shape": [2**70, 2**70]}}, "a has 4 bytes, which is not"),
+    ({"a\n\ud800": FULL}, r"has the name 'a\\n\\ud800', which no tensor has"),
+    ({"a" * 2000: FULL}, "has the name 'a{80}', which no tensor has"),
+    ([], "its header is no table"),
+]
+
+
+@pytest.mark.parametrize(("header", "message"), HEADERS)
+def test_a_header_that_lies(header, message, tmp_path):
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(UserError, match=f"not a valid safetensors file: .*{message}") as error:
+        tensors.read(path)
+    assert str(error.value).isprintable()
 
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
@@ -477,6 +508,9 @@ UNSUPPORTED = [
     ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
     ("llama", {"attention_bias": True}, "mlp_bias = false is not supported; allowed: true"),
     ("roberta", {"hidden_act": "relu"}, "hidden_act"),
+    ("roberta", {"pad_token_id": -5}, "pad_token_id = -5 must be a whole number, 0 or more"),
+    ("roberta", {"pad_token_id": 1.5}, "pad_token_id = 1.5 must be"),
+    ("roberta", {"pad_token_id": float("inf")}, "pad_token_id = Infinity must be"),
 ]
 
 
