@@ -104,7 +104,9 @@ class Values:
         """A whole number from 0."""
         value = self.values.get(key, default)
         if type(value) is not int or value < 0:
-            raise UserError(f"config.json: {key} = {shown(value)} must be a whole number, 0 or more")
+            raise UserError(
+                f"config.json: {key} = {shown(value)} must be a whole number, 0 or more"
+            )
         return value
 
     def maybe(self, key: str) -> int | None:

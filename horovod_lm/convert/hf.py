@@ -84,7 +84,8 @@ def _open(folder: Path, work: Path, legacy: Legacy | None) -> Weights:
     path = files.plain_file(folder, files.LEGACY)
     if path is None:
         raise UserError(
-            f"{folder} has no weights: neither {files.WEIGHTS} nor {files.INDEX} is there"
+            f"{folder} has no weights: neither {files.WEIGHTS} nor {files.INDEX} is there; "
+            "save_pretrained of transformers writes them"
         )
     if legacy is None:
         raise UserError(

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def places(header: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         if name == "__metadata__":
             continue
         if not name.isprintable() or len(name) > _LONGEST_NAME:  # it would spoil every message
-            raise ValueError(f"its header has the name {ascii(name[:80])}, which no tensor has")
+            raise ValueError(f"its header has the name {name[:80]!a}, which no tensor has")
         fields = entry if isinstance(entry, dict) else {}
         dtype, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in _SIZES:
@@ -135,7 +135,7 @@ def places(header: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     return spans
 
 
-def _numbers(values: Any) -> bool:
+def _numbers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
