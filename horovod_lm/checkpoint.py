@@ -98,17 +98,21 @@ def save(folder: Path, state: RunState, config: Config, keep: int) -> Path:
     return target
 
 
-def _cannot_write(folder: Path, step: int, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) else None
+def reason(error: BaseException) -> str:
+    """Why something could not be written, in the system's words."""
+    said = error.strerror if isinstance(error, OSError) else None
     number = re.search(r"os error (\d+)", str(error))
     if number:  # safetensors gives the system's error as text alone
-        reason = os.strerror(int(number[1]))
+        said = os.strerror(int(number[1]))
+    return (said or str(error)).lower()
+
+
+def _cannot_write(folder: Path, step: int, error: Exception) -> str:
     kept = _steps(folder) if folder.is_dir() else []
     last = f"the last checkpoint, {kept[-1]}, is kept" if kept else "there is no earlier one"
     return (
-        f"the checkpoint of step {step} can't be written to {folder}: "
-        f"{(reason or str(error)).lower()}; {last}. Make room or mend the folder, "
-        f"then start again with --resume"
+        f"the checkpoint of step {step} can't be written to {folder}: {reason(error)}; {last}. "
+        "Make room or mend the folder, then start again with --resume"
     )
 
 

@@ -21,6 +21,7 @@ from horovod_lm.convert.family import Family, Json, Row, Shapes, Values, shown
 from horovod_lm.convert.folder import Weights
 from horovod_lm.convert.gpt2 import Gpt2
 from horovod_lm.convert.llama import Llama
+from horovod_lm.convert.progress import counting
 from horovod_lm.convert.t5 import T5
 from horovod_lm.convert.tensors import Tensor
 from horovod_lm.errors import UserError
@@ -29,6 +30,8 @@ from horovod_lm.spec import ModelSpec
 _ALL: tuple[Family, ...] = (Bert(), Roberta(), DistilBert(), Gpt2(), T5(), Llama())
 FAMILIES = {family.name: family for family in _ALL}
 Legacy = Callable[[Path, Path], None]  # writes a pytorch_model.bin as safetensors
+Log = Callable[[str], None]
+Count = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,12 @@ class Model:
     companions: dict[str, bytes]
 
 
-def read_model(folder: Path, legacy: Legacy | None = None, keep_extra: bool = False) -> Model:
+def read_model(
+    folder: Path, legacy: Legacy | None = None, keep_extra: bool = False, log: Log = print
+) -> Model:
     """Read and check a model's folder. `legacy` reads a `pytorch_model.bin`, which is refused
-    without it; with `keep_extra` tensors that have no place are kept, else refused."""
+    without it; with `keep_extra` tensors that have no place are kept, else refused. `log` is told
+    how far it is, where that takes long."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the one that holds config.json")
     text = files.read_bytes(folder, files.CONFIG)
@@ -62,7 +68,9 @@ def read_model(folder: Path, legacy: Legacy | None = None, keep_extra: bool = Fa
             companions[name] = data
     with tempfile.TemporaryDirectory() as work:
         weights = _open(folder, Path(work), legacy)
-        spec, values, extra = _take(folder, family, config, weights, keep_extra)
+        total = sum(t.data.nbytes for t in weights.tensors.values())
+        with counting(log, "reading", total) as count:
+            spec, values, extra = _take(folder, family, config, weights, keep_extra, count)
     _check_tokenizer(folder, companions.get(files.TOKENIZER), spec)
     headers = {name: file.header for name, file in weights.files.items()}
     return Model(family.name, spec, values, headers, extra, companions)
@@ -116,7 +124,7 @@ def full_names(family: Family, names: list[str]) -> dict[str, str]:
 
 
 def _take(
-    folder: Path, family: Family, config: Json, weights: Weights, keep_extra: bool
+    folder: Path, family: Family, config: Json, weights: Weights, keep_extra: bool, count: Count
 ) -> tuple[ModelSpec, dict[str, np.ndarray], dict[str, Tensor]]:
     """Every tensor to its place."""
     given = weights.tensors
@@ -160,6 +168,7 @@ def _take(
             continue
         for part, array in zip(row.parts, row.split(tensor.fp32(), wanted), strict=True):
             values[part] = np.ascontiguousarray(array)
+        count(tensor.data.nbytes)
     for name, row in rows.items():
         if row.parts[0] not in values:
             raise UserError(f"{folder}: the tensor {name} is missing")
@@ -181,7 +190,10 @@ def _take(
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     same = one.dtype == other.dtype and one.shape == other.shape
-    return same and np.array_equal(one.data, other.data)
+    same = same and np.array_equal(one.data, other.data)
+    one.forget()
+    other.forget()
+    return same
 
 
 def rows_of(family: Family, spec: ModelSpec) -> list[Row]:
@@ -325,8 +337,9 @@ def write_weights(
     weights: Mapping[str, np.ndarray],
     headers: Mapping[str, str],
     extra: Mapping[str, Tensor],
+    log: Log = print,
 ) -> None:
-    """Write the weight files of a folder."""
+    """Write the weight files of a folder. `log` is told how far it is, where that takes long."""
     everything = [name for header in headers.values() for name in tensors.places(header)]
     full = full_names(family, everything)
     rows = {row.name: row for row in rows_of(family, spec)}
@@ -339,5 +352,8 @@ def write_weights(
         parts = [weights.get(p, keys) for p in row.parts]
         return tensors.encode(row.join(parts), dtype)
 
-    for name, header in headers.items():
-        tensors.write(target / name, header, data)
+    places = [place for header in headers.values() for place in tensors.places(header).values()]
+    total = sum(stop - start for _, _, start, stop in places)
+    with counting(log, "writing", total) as count:
+        for name, header in headers.items():
+            tensors.write(target / name, header, data, count)

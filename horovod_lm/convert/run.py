@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from horovod_lm.config import Config, Data, load_config, make_config
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.family import Family
+from horovod_lm.convert.target import claim_new, new_folder
 from horovod_lm.convert.tensors import Tensor
 from horovod_lm.convert.tools import ConvertTools
-from horovod_lm.errors import UserError
-from horovod_lm.run_folder import IMPORTED, RunRecord, claim
+from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.run_folder import IMPORTED, STATE, RunRecord
 
 LAYOUT, EXTRA = "layout.json", "extra.safetensors"
 Log = Callable[[str], None]
@@ -75,7 +75,8 @@ def import_run(
     """Make the run `run` of the model in `source`; returns its config. All is read and checked
     before anything is written."""
     claim_new(run)
-    model = hf.read_model(source, tools("torch").legacy_weights if legacy else None, keep_extra)
+    legacy_weights = tools("torch").legacy_weights if legacy else None
+    model = hf.read_model(source, legacy_weights, keep_extra, log)
     own = run.resolve() / IMPORTED
     data: dict[str, Any] = {"vocabulary": model.spec.vocabulary}
     if files.TOKENIZER in model.companions and "tokenizer" in Data.model_fields:
@@ -83,24 +84,13 @@ def import_run(
     fields = model.spec.model_dump(mode="json", exclude={"vocabulary"}, exclude_none=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", run.resolve().name)[:80] or "imported"
     config = make_config({"name": name, "model": fields, "data": data}, str(source))
-    claim(run, resume=False)
-    try:
-        _write_run(run, config, model, source)
-    except BaseException:
-        shutil.rmtree(run)
-        raise
+    log(f"writing {4 * model.spec.size / 1e6:,.1f} MB to {run}")
+    with new_folder(run, STATE) as partial:
+        _write_run(partial, config, model, source)
     log(f"{model.family}: {model.spec.size:,} parameters, {len(model.weights)} tensors")
     if model.extra:
         log(f"kept beside them, unused: {', '.join(sorted(model.extra))}")
     return config
-
-
-def claim_new(target: Path) -> None:
-    """Raise `UserError` unless there is nothing at `target`, or an empty folder."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target} is there already; give another path")
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; give another folder")
 
 
 def _write_run(run: Path, config: Config, model: hf.Model, source: Path) -> None:
@@ -115,7 +105,11 @@ def _write_run(run: Path, config: Config, model: hf.Model, source: Path) -> None
     header = tensors.header_of({n: (t.dtype, t.shape) for n, t in model.extra.items()})
     tensors.write(own / EXTRA, header, lambda name, _: model.extra[name].data)
     state = checkpoint.RunState(0, 0, {}, EngineState(model.weights))
-    path = checkpoint.save(run / "checkpoints", state, config, keep=1)
+    try:
+        path = checkpoint.save(run / "checkpoints", state, config, keep=1)
+    except RunFailed as error:
+        # What it says is about a run that goes on.
+        raise OSError(None, checkpoint.reason(error.__cause__ or error)) from None
     record = RunRecord(
         run,
         config,
@@ -171,9 +165,9 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
     A run that was imported, or began with the weights of one, is written as that was, if it still
     has its model. Others go to the family that has such a model. Raises `UserError` if none has.
     """
+    claim_new(target)
     config, weights = read_run(run)
     spec = config.model
-    claim_new(target)
     imported = read_imported(run)
     if imported is not None:
         text = imported.companions[files.CONFIG]
@@ -189,22 +183,10 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
     else:
         family, headers = imported.family, imported.headers
         extra, companions = imported.extra, imported.companions
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(target, files.CONFIG) as partial:
         for name, content in companions.items():
             (partial / name).write_bytes(content)
-        hf.write_weights(partial, family, spec, weights, headers, extra)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise UserError(
-            f"{target} can't be written: {(error.strerror or str(error)).lower()}"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        hf.write_weights(partial, family, spec, weights, headers, extra, log)
     return family.name
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from horovod_lm.convert.folder import TOKENIZER
-from horovod_lm.convert.run import claim_new, read_imported, read_run, tools
-from horovod_lm.errors import UserError
+from horovod_lm.convert.run import read_imported, read_run, tools
+from horovod_lm.convert.target import claim_new, new_folder
 
 
 def export_saved_model(
@@ -21,22 +20,12 @@ def export_saved_model(
     padding, with `source` and `source_blocks` for an encoder-decoder and `segments` where there are
     some; it gives hidden states by stack, `logits`, and those of task heads as `NAME_logits`.
     """
-    config, weights = read_run(run)
     claim_new(target)
+    config, weights = read_run(run)
     imported = read_imported(run)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(target, "saved_model.pb") as partial:
         tools(backend).saved_model(config.model, weights, partial)
         if imported is not None and TOKENIZER in imported.companions:
             extra = partial / "assets.extra"
             extra.mkdir()
             (extra / TOKENIZER).write_bytes(imported.companions[TOKENIZER])
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{target} can't be written: {reason}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

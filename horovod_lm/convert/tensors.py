@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,11 +39,20 @@ class Tensor:
     def fp32(self) -> np.ndarray:
         """Its values, exactly; the type is one of `READ`."""
         raw = np.array(self.data)
+        self.forget()
         if self.dtype == "BF16":
             wide = raw.view("<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
         kind = "<f4" if self.dtype == "F32" else "<f2"
         return raw.view(kind).astype(np.float32, copy=False).reshape(self.shape)
+
+    def forget(self) -> None:
+        """Give back the memory in which the file's pages stand, until they are read again."""
+        base: Any = self.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def encode(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -158,8 +168,14 @@ def header_of(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     return text + " " * (-len(text.encode()) % 8)
 
 
-def write(path: Path, header: str, data: Callable[[str, str], np.ndarray]) -> None:
-    """Write a file with this header; `data(name, dtype)` gives a tensor's bytes."""
+def write(
+    path: Path,
+    header: str,
+    data: Callable[[str, str], np.ndarray],
+    count: Callable[[int], None] | None = None,
+) -> None:
+    """Write a file with this header; `data(name, dtype)` gives a tensor's bytes. `count` is told
+    of each one's number of bytes when they are written."""
     spans = places(header)
     text = header.encode("utf-8")
     with path.open("wb") as file:
@@ -167,4 +183,6 @@ def write(path: Path, header: str, data: Callable[[str, str], np.ndarray]) -> No
         for name, (dtype, _, start, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
             raw = data(name, dtype)
             assert raw.nbytes == stop - start, name
-            file.write(raw.tobytes())
+            file.write(raw.data)
+            if count is not None:
+                count(raw.nbytes)

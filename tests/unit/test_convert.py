@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +18,10 @@ from tokenizers import Tokenizer, models
 from horovod_lm import checkpoint
 from horovod_lm.cli import group
 from horovod_lm.config import load_config
-from horovod_lm.convert import hf, tensors
+from horovod_lm.convert import hf, progress, tensors
 from horovod_lm.convert.run import export_run, import_run, read_imported
 from horovod_lm.convert.tensors import Tensor
-from horovod_lm.errors import UserError
+from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.randomness import initial_weights
 from horovod_lm.spec import ModelSpec
 
@@ -547,6 +551,128 @@ def test_nothing_is_overwritten(bert, tmp_path):
         import_run(bert, tmp_path / "run")
     with pytest.raises(UserError, match="is not the folder of a run"):
         export_run(tmp_path / "run", tmp_path / "back")
+
+
+@pytest.fixture
+def imported(bert, tmp_path):
+    import_run(bert, tmp_path / "imported")
+    return tmp_path / "imported"
+
+
+DIRECTIONS = ["import", "export"]
+
+
+def convert(direction, bert, imported, target):
+    if direction == "import":
+        import_run(bert, target)
+    else:
+        export_run(imported, target)
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_an_empty_folder_is_filled_even_where_one_stands(
+    direction, bert, imported, tmp_path, monkeypatch
+):
+    convert(direction, bert, imported, tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    convert(direction, bert, imported, Path("."))
+    assert tree(Path(".")) == tree(tmp_path / "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"hf", "imported", "new", "empty"}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("place", ["new", "a/b/new", "empty"])
+def test_a_conversion_that_ends_early_leaves_nothing(
+    direction, place, bert, imported, tmp_path, monkeypatch
+):
+    (tmp_path / "empty").mkdir()
+    before, target = tree(tmp_path), tmp_path / place
+    real = tensors.write
+
+    def interrupt(path, *arguments):
+        real(path, *arguments)
+        # A kill at this moment would leave nothing under the name either.
+        assert not target.exists() or tree(target)[0] == ".partial"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(direction, bert, imported, target)
+    assert tree(tmp_path) == before
+    # What a kill leaves beside it is no hindrance.
+    for left in (tmp_path / ".new.partial", tmp_path / "empty" / ".partial"):
+        left.mkdir()
+        (left / "config.json").touch()
+    convert(direction, bert, imported, target)
+    assert ".partial" not in tree(target)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("size", [500, 8000])
+def test_a_full_disk_is_a_failed_run(direction, size, bert, imported, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    before = tree(tmp_path)
+    try:
+        with pytest.raises(RunFailed, match="new can't be written: file too large; nothing is le"):
+            convert(direction, bert, imported, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_place_that_cannot_be_written_is_refused(direction, bert, imported, tmp_path):
+    (tmp_path / "file").touch()
+    for place, message in (
+        (tmp_path / "file", "is there already; give another path"),
+        (tmp_path / "file" / "new", "new can't be made: .*file is not a folder; give another"),
+        (Path("/proc/new"), "/proc/new can't be made: .*; give another path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(direction, bert, imported, place)
+
+
+def test_a_long_conversion_says_how_far_it_is(bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    said = []
+    import_run(bert, tmp_path / "run", log=said.append)
+    export_run(tmp_path / "run", tmp_path / "back", said.append)
+    assert [line for line in said if line.startswith("reading: 0 of 0 MB")]
+    assert [line for line in said if line.startswith("writing: 0 of 0 MB")]
+
+
+def test_memory_stays_near_the_size_of_the_model(tmp_path):
+    """Of each direction, beyond what a small model takes."""
+    spec = ModelSpec(**{**SPECS["gpt2"], "width": 1024, "vocabulary": 8000, "layers": 4})
+    for name, made in (("small", ModelSpec(**SPECS["gpt2"])), ("large", spec)):
+        write(tmp_path / name, made)
+    code = """
+import resource, sys
+from pathlib import Path
+from horovod_lm.convert.run import export_run, import_run
+{"import": import_run, "export": export_run}[sys.argv[1]](*map(Path, sys.argv[2:]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+    def peak(*words):
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return int(done.stdout.split()[-1])
+
+    for direction, source, target in (("import", "", ".run"), ("export", ".run", ".back")):
+        small, large = (
+            peak(direction, tmp_path / f"{name}{source}", tmp_path / f"{name}{target}")
+            for name in ("small", "large")
+        )
+        assert 4 * spec.size > 2e8
+        assert large - small < 1.5 * 4 * spec.size, direction
 
 
 def test_the_command(bert, tmp_path, capsys):
