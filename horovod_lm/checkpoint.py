@@ -327,7 +327,10 @@ def check_start(run: Path, spec: ModelSpec) -> Path:
     with: all but heads and pooler must be the same. Raises `UserError` if there is none."""
     path = newest(run / "checkpoints")
     if path is None:
-        raise UserError(f"train.start_from = {run} has no valid checkpoint; give a run that has")
+        raise UserError(
+            f"train.start_from = {run} has no valid checkpoint; give the folder of a run that has "
+            "one (a relative path begins in the folder of the config file)"
+        )
     with _faults(path):
         found = dict(_read_manifest(path).tensors)
     for parameter in spec.parameters:

@@ -13,22 +13,22 @@ from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed
 from horovod_lm.backend import Communicator, Engine, EngineState, load_backend
 from horovod_lm.config import Config, load_config
-from horovod_lm.convert.folder import TOKENIZER
-from horovod_lm.convert.run import read_imported
+from horovod_lm.convert.run import Imported, has_imported_tokenizer, read_imported
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.errors import UserError
 from horovod_lm.hooks import local_evaluation, means, perplexity, total_loss
-from horovod_lm.objectives.registry import factors, loss_names
-from horovod_lm.run_folder import IMPORTED
+from horovod_lm.objectives.registry import check_kind, factors, loss_names
+from horovod_lm.objectives.words import decoder_start
+from horovod_lm.run_folder import tokenizer_file
 from horovod_lm.train import make_engine, rank_validation, split_feeds
 
 
 @dataclass
 class Restored:
     """A run's model, ready to be used. `prepared` is None where only the tokenizer was asked for
-    and an imported model has its own; `start` is the token with which such a model's decoder
-    begins, if it says so."""
+    and the run has kept it. `imported` is what the run keeps of the model that it was imported
+    from, if it reads text as that did."""
 
     config: Config
     prepared: Prepared | None
@@ -36,37 +36,63 @@ class Restored:
     engine: Engine
     communicator: Communicator
     step: int
-    start: int | None = None
+    imported: Imported | None = None
+
+    def prompt(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a decoder begins with to go on from `text`, (1, L), or to answer it, with the source
+        (1, S) that it answers."""
+        ids, imported = self.tokenizer.encode(text), self.imported
+        if self.config.model.kind == "encoder-decoder":
+            start = imported.decoder_start if imported else None
+            start = decoder_start(self.tokenizer) if start is None else start
+            return np.array([[start]], np.int32), np.append(ids, np.int32(self.tokenizer.end))[None]
+        opening = self.tokenizer.opening if imported else []
+        return np.concatenate([np.array(opening, np.int32), ids])[None], None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return (imported.ends if (imported := self.imported) else ()) or (self.tokenizer.end,)
 
 
 def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
-    trained with), with its data unless an imported model can do without. Raises `UserError` if
-    there is none."""
+    trained with), with its data where it is asked for, or the tokenizer can't be had without.
+    Raises `UserError` if there is none."""
     if not (run / "config.toml").exists():
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
     overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
     config = load_config(run / "config.toml", overrides)
+    if data:
+        check_kind(config)
     path = checkpoint.newest(run / "checkpoints", log=print)
     if path is None:
         raise UserError(f"{run} has no checkpoint yet; let it train to its first one")
     checkpoint.check_model(path, config.model)
     threads = environment.apply(config)
-    own = None if data else read_imported(run)
-    tokenizer = None
-    if own is not None and TOKENIZER in own.companions:
-        tokenizer = Tokenizer.load(run / IMPORTED / TOKENIZER)
-    prepared = None if tokenizer is not None else prepare(config)
-    if prepared is not None:
+    own, prepared = None if data else tokenizer_file(run, config), None
+    if own is None:
+        prepared = prepare(config)
         tokenizer = prepared.tokenizer
+    else:
+        tokenizer = _load_tokenizer(own, config)
+    imported = read_imported(run)
+    if imported is not None and not has_imported_tokenizer(run, imported, config):
+        imported = None
     loaded = load_backend(config.launch.backend, threads)
     communicator = loaded.communicator()
     state = checkpoint.load(path)
     engine = make_engine(config, loaded, communicator)
     engine.load_state(EngineState(state.engine.weights))
-    assert tokenizer is not None
-    start = None if own is None else own.decoder_start
-    return Restored(config, prepared, tokenizer, engine, communicator, state.step, start)
+    return Restored(config, prepared, tokenizer, engine, communicator, state.step, imported)
+
+
+def _load_tokenizer(path: Path, config: Config) -> Tokenizer:
+    mend = "give the run its own, by data.tokenizer in its config.toml"
+    tokenizer, most = Tokenizer.load(path, mend), config.model.vocabulary
+    if tokenizer.vocabulary > most:
+        raise UserError(f"{path} has {tokenizer.vocabulary:,} ids, and the model {most:,}; {mend}")
+    return tokenizer
 
 
 def evaluate(restored: Restored) -> dict[str, Any]:

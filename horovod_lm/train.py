@@ -48,7 +48,15 @@ from horovod_lm.loss_scale import LossScaler
 from horovod_lm.objectives import Corpus
 from horovod_lm.objectives.registry import Split, check_kind, factors, loss_names, make_feeds
 from horovod_lm.randomness import initial_weights
-from horovod_lm.run_folder import STATE, RunRecord, carry_over, claim, default_folder
+from horovod_lm.run_folder import (
+    STATE,
+    TOKENIZER,
+    RunRecord,
+    carry_over,
+    claim,
+    default_folder,
+    keep_tokenizer,
+)
 from horovod_lm.schedule import learning_rate
 from horovod_lm.topology import place
 from horovod_lm.variants import display_name
@@ -109,7 +117,7 @@ def _leave(communicator: Communicator, printing: bool) -> None:
 
 def claim_check(output: Path, resume: bool) -> None:
     """Refuse, before any work, a folder that `claim` would refuse."""
-    if (output / STATE).exists() and not resume:
+    if (output / STATE).exists():
         claim(output, resume)
 
 
@@ -306,6 +314,7 @@ class Training:
         where = place()
         if self.config.train.start_from is not None:
             carry_over(Path(self.config.train.start_from), self.folder)
+        keep_tokenizer(self.folder, self.prepared.folder / TOKENIZER)
         return RunRecord(
             self.folder,
             self.config,

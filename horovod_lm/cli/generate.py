@@ -55,15 +55,7 @@ def command(
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
         restored = restore(run, backend, data=False)
         tokenizer = restored.tokenizer
-        begun, source = tokenizer.encode(text)[None], None
-        if restored.config.model.kind == "encoder-decoder":
-            import numpy as np
-
-            from horovod_lm.objectives.words import decoder_start
-
-            source = np.append(begun, np.array([[tokenizer.end]], np.int32), axis=1)
-            start = decoder_start(tokenizer) if restored.start is None else restored.start
-            begun = np.array([[start]], np.int32)
+        begun, source = restored.prompt(text)
         out = generate(
             restored.engine,
             begun,
@@ -71,7 +63,7 @@ def command(
             context=restored.config.model.context,
             temperature=temperature,
             seed=seed,
-            end=tokenizer.end,
+            end=restored.ends,
             source=source,
         )
         restored.communicator.shutdown()

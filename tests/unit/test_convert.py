@@ -17,12 +17,14 @@ from tokenizers import Tokenizer, models
 
 from horovod_lm import checkpoint
 from horovod_lm.cli import group
-from horovod_lm.config import load_config
+from horovod_lm.config import load_config, to_toml
 from horovod_lm.convert import hf, progress, tensors
 from horovod_lm.convert.run import export_run, import_run, read_imported
 from horovod_lm.convert.tensors import Tensor
+from horovod_lm.data.prepare import prepare
 from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.randomness import initial_weights
+from horovod_lm.run_folder import carry_over, claim, tokenizer_file
 from horovod_lm.spec import ModelSpec
 
 SMALL = {"vocabulary": 300, "context": 12, "width": 8, "layers": 2, "heads": 2}
@@ -299,6 +301,116 @@ def test_a_run_starts_with_the_weights_of_another(bert, tmp_path):
         checkpoint.check_start(tmp_path / "run", ModelSpec(**wider.model_dump(exclude={"layers"})))
     with pytest.raises(UserError, match="no valid checkpoint"):
         checkpoint.check_start(tmp_path / "nowhere", spec)
+
+
+def save_tokenizer(folder, size=300):
+    words = {"</s>": 0, **{f"w{i}": i for i in range(1, size)}}
+    Tokenizer(models.WordLevel(words, unk_token="</s>")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives"),
+    [
+        ("bert", [("masked_lm", "next_sentence"), ("next_sentence", None)]),
+        ("bert untied", [("masked_lm", None)]),
+        ("bert bare", []),
+        ("roberta", [("masked_lm", None)]),
+        ("roberta classifier", []),
+        ("t5", [("span_corruption", None)]),
+        ("gpt2", []),
+    ],
+)
+def test_an_imported_run_has_the_objectives_of_its_outputs(name, objectives, tmp_path):
+    """So that it can be evaluated, and trained further, as it is."""
+    write(tmp_path / "hf", ModelSpec(**SPECS[name]))
+    config = import_run(tmp_path / "hf", tmp_path / "run")
+    assert [(table.name, table.on) for table in config.objective] == objectives
+    assert load_config(tmp_path / "run" / "config.toml").objective == config.objective
+
+
+def test_an_imported_run_may_be_moved(bert, tmp_path):
+    save_tokenizer(bert)
+    import_run(bert, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "other")
+    config = load_config(tmp_path / "other" / "config.toml")
+    own = tmp_path / "other" / "imported" / "tokenizer.json"
+    assert config.data.tokenizer == str(own) == str(tokenizer_file(tmp_path / "other", config))
+    export_run(tmp_path / "other", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_a_missing_tokenizer_is_said_and_none_is_made_up(bert, tmp_path):
+    said = []
+    config = import_run(bert, tmp_path / "run", log=said.append)
+    (line,) = (
+        line for line in said if "there is no tokenizer.json: put the model's own at" in line
+    )
+    assert config.data.tokenizer in line and tokenizer_file(tmp_path / "run", config) is None
+    with pytest.raises(UserError, match=r"tokenizer\.json does not exist; give the path"):
+        prepare(config)
+
+
+def continued(run, folder, text, **data):
+    """A run that began with the weights of `run`, and kept a tokenizer with this text."""
+    config = load_config(
+        run / "config.toml", [f"data.{k}={json.dumps(v)}" for k, v in data.items()]
+    )
+    carry_over(run, folder)
+    state = checkpoint.RunState(
+        5, 5, {}, checkpoint.load(checkpoint.newest(run / "checkpoints")).engine
+    )
+    checkpoint.save(folder / "checkpoints", state, config, keep=2)
+    (folder / "config.toml").write_text(to_toml(config))
+    (folder / "tokenizer.json").write_bytes(text)
+    return folder
+
+
+def test_another_tokenizer_makes_another_model(bert, tmp_path):
+    """A run that starts with an imported one's weights is exported with what it reads text by."""
+    save_tokenizer(bert)
+    run, own = tmp_path / "run", bert / "tokenizer.json"
+    import_run(bert, run)
+    same = continued(run, tmp_path / "same", own.read_bytes())
+    export_run(same, tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+    (tmp_path / "text").mkdir()
+    save_tokenizer(tmp_path / "text", 299)
+    text = (tmp_path / "text" / "tokenizer.json").read_bytes()
+    said = []
+    other = continued(run, tmp_path / "other", text, tokenizer="wordpiece")
+    assert export_run(other, tmp_path / "new", said.append) == "bert"
+    assert "the tokenizer is not the imported one any more: it is written anew" in said
+    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == text
+    settings = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "</s>"
+    weights, before = (hf.read_model(f).weights for f in (tmp_path / "new", bert))
+    assert all(np.array_equal(weights[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_imported_model_is_not_trained_in_its_place(resume, bert, tmp_path):
+    run = tmp_path / "run"
+    import_run(bert, run)
+    with pytest.raises(UserError, match=f"stays as it is; .*--set train.start_from={run}, and an"):
+        claim(run, resume)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 7}, None, (7,)),
+        ({"eos_token_id": 7}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": [1, 2]}, {"max_length": 9}, (1, 2)),
+        ({"eos_token_id": None}, None, ()),
+        ({"eos_token_id": "x"}, None, ()),
+    ],
+)
+def test_an_imported_model_ends_where_its_configs_say(config, generation, ends, bert, tmp_path):
+    set_config(**config)(bert)
+    if generation is not None:
+        (bert / "generation_config.json").write_text(json.dumps(generation))
+    import_run(bert, tmp_path / "run")
+    assert read_imported(tmp_path / "run").ends == ends
 
 
 def test_a_model_that_no_family_has(tmp_path):
