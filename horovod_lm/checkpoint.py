@@ -100,17 +100,21 @@ def save(folder: Path, state: RunState, config: Config, keep: int) -> Path:
     return target
 
 
-def _cannot_write(folder: Path, step: int, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) else None
+def reason(error: BaseException) -> str:
+    """Why something could not be written, in the system's words."""
+    said = error.strerror if isinstance(error, OSError) else None
     number = re.search(r"os error (\d+)", str(error))
     if number:  # safetensors gives the system's error as text alone
-        reason = os.strerror(int(number[1]))
+        said = os.strerror(int(number[1]))
+    return (said or str(error)).lower()
+
+
+def _cannot_write(folder: Path, step: int, error: Exception) -> str:
     kept = _steps(folder) if folder.is_dir() else []
     last = f"the last checkpoint, {kept[-1]}, is kept" if kept else "there is no earlier one"
     return (
-        f"the checkpoint of step {step} can't be written to {folder}: "
-        f"{(reason or str(error)).lower()}; {last}. Make room or mend the folder, "
-        f"then start again with --resume"
+        f"the checkpoint of step {step} can't be written to {folder}: {reason(error)}; {last}. "
+        "Make room or mend the folder, then start again with --resume"
     )
 
 
@@ -348,7 +352,10 @@ def check_start(run: Path, spec: ModelSpec) -> Path:
     with: all but heads and pooler must be the same. Raises `UserError` if there is none."""
     path = newest(run / "checkpoints")
     if path is None:
-        raise UserError(f"train.start_from = {run} has no valid checkpoint; give a run that has")
+        raise UserError(
+            f"train.start_from = {run} has no valid checkpoint; give the folder of a run that has "
+            "one (a relative path begins in the folder of the config file)"
+        )
     with _faults(path):
         found = dict(_read_manifest(path).tensors)
     for parameter in spec.parameters:

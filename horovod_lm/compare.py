@@ -374,7 +374,7 @@ class _Driver:
         """Rounds, and slices of each run in a round, from the speed of the first steps."""
         left = min(_left(c.train.steps, bool(c.output.profile)) for c in self._configs)
         if left == 0:
-            return 0, 0
+            return 0, 1
         short = min(LEAST_ROUNDS, left // LEAST_STEPS_OF_A_ROUND)
         rounds = self._rounds or max(1, short, min(MOST_ROUNDS, left // STEPS_OF_A_ROUND))
         slowest = max(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from horovod_lm.backend import Engine
@@ -17,7 +19,7 @@ def generate(
     context: int,
     temperature: float = 0.0,
     seed: int = 0,
-    end: int | None = None,
+    end: int | Sequence[int] | None = None,
     source: np.ndarray | None = None,
     prefix: bool = False,
 ) -> np.ndarray:
@@ -26,9 +28,9 @@ def generate(
     each other, as a model of prefixes has learnt it.
 
     Temperature 0 is greedy. Otherwise tokens are drawn from softmax(logits / temperature) with
-    numbers keyed by `seed`, the same in every framework. It stops when all rows have met `end`
-    (rows that have go on with `end`), or when `context` is full. Raises `UserError` if a prompt is
-    empty or fills the context, or a source has no room in it.
+    numbers keyed by `seed`, the same in every framework. It stops when all rows have met `end`, or
+    one of several (rows that have go on with the first), or when `context` is full. Raises
+    `UserError` if a prompt is empty or fills the context, or a source has no room in it.
     """
     length = prompts.shape[1]
     if not 0 < length < context:
@@ -48,15 +50,16 @@ def generate(
     if prefix:
         inputs["prefix"] = np.ones_like(inputs["tokens"])
     logits, cache = engine.start(inputs)
+    ends = [] if end is None else np.atleast_1d(end).tolist()
     done = np.zeros(len(prompts), dtype=bool)
     tokens: list[np.ndarray] = []
     for position in range(count):
         if position:
             logits, cache = engine.next(tokens[-1], cache)
         chosen = _choose(logits, temperature, randoms[position])
-        if end is not None:
-            chosen = np.where(done, end, chosen).astype(np.int32)
-            done |= chosen == end
+        if ends:
+            chosen = np.where(done, ends[0], chosen).astype(np.int32)
+            done |= np.isin(chosen, ends)
         tokens.append(chosen)
         if done.all():
             break

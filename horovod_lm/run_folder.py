@@ -13,10 +13,12 @@ from typing import Any
 import psutil
 
 from horovod_lm.config import Config, to_toml
+from horovod_lm.data.cache import replace
 from horovod_lm.errors import UserError
 
 STATE = "run.json"
 IMPORTED = "imported"  # what an imported run keeps of its source
+TOKENIZER = "tokenizer.json"
 _KEPT = ("first_step_seconds", "loss", "validation_loss", "checkpoint")
 
 
@@ -27,7 +29,12 @@ def default_folder(config: Config) -> Path:
 
 def claim(folder: Path, resume: bool) -> None:
     """Make the folder for a run. Raises `UserError` if there is a run in it and `resume` is not
-    set, or if it can't be made or written."""
+    set, or an imported model, or if it can't be made or written."""
+    if _reached(folder).get("imported") is not None:
+        raise UserError(
+            f"{folder} is an imported model, which stays as it is; train another run that starts "
+            f"with it: --set train.start_from={folder.absolute()}, and another --output"
+        )
     if (folder / STATE).exists() and not resume:
         raise UserError(
             f"{folder} has a run in it; go on with it by --resume, or give another --output"
@@ -40,6 +47,28 @@ def claim(folder: Path, resume: bool) -> None:
         ) from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"output.folder = {folder} is not writable; give another --output")
+
+
+def _reached(folder: Path) -> dict[str, Any]:
+    """What `run.json` says, nothing if there is none."""
+    try:
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # a new run, or one that was cut off while it began
+        return {}
+
+
+def keep_tokenizer(folder: Path, source: Path) -> None:
+    """Keep a tokenizer.json in the run's folder: the text that it came from may go."""
+    replace(folder / TOKENIZER, source.read_bytes().decode("utf-8"))  # its line ends as well
+
+
+def tokenizer_file(folder: Path, config: Config) -> Path | None:
+    """The tokenizer.json of the run in `folder`, whose config is `config`; None if only preparing
+    its text would give it."""
+    given = [] if config.data.is_trained else [Path(config.data.tokenizer)]
+    if given:  # an imported model's, wherever that run has been moved to
+        given.append(folder / IMPORTED / TOKENIZER)
+    return next((path for path in (folder / TOKENIZER, *given) if path.is_file()), None)
 
 
 def carry_over(source: Path, folder: Path) -> None:
@@ -72,18 +101,11 @@ class RunRecord:
             "sample": None,
             "checkpoint": None,
             "machine": machine(),
-            **self._reached(),
+            **{key: value for key, value in _reached(folder).items() if key in _KEPT},
             **values,
         }
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.update()
-
-    def _reached(self) -> dict[str, Any]:
-        try:
-            before = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a new run, or one that was cut off while it began
-            return {}
-        return {key: before[key] for key in _KEPT if key in before}
 
     def update(self, **values: Any) -> None:
         """Change `values` and write the file, atomically."""

@@ -59,7 +59,15 @@ from horovod_lm.objectives.registry import (
     prompt_is_prefix,
 )
 from horovod_lm.randomness import initial_weights
-from horovod_lm.run_folder import STATE, RunRecord, carry_over, claim, default_folder
+from horovod_lm.run_folder import (
+    STATE,
+    TOKENIZER,
+    RunRecord,
+    carry_over,
+    claim,
+    default_folder,
+    keep_tokenizer,
+)
 from horovod_lm.schedule import learning_rate
 from horovod_lm.topology import place
 from horovod_lm.variants import display_name
@@ -120,7 +128,7 @@ def _leave(communicator: Communicator, printing: bool) -> None:
 
 def claim_check(output: Path, resume: bool) -> None:
     """Refuse, before any work, a folder that `claim` would refuse."""
-    if (output / STATE).exists() and not resume:
+    if (output / STATE).exists():
         claim(output, resume)
 
 
@@ -317,6 +325,7 @@ class Training:
         where = place()
         if self.config.train.start_from is not None:
             carry_over(Path(self.config.train.start_from), self.folder)
+        keep_tokenizer(self.folder, self.prepared.folder / TOKENIZER)
         return RunRecord(
             self.folder,
             self.config,

@@ -50,33 +50,23 @@ def command(
     text = _standard_input() if prompt == "-" else prompt
     if not text:
         raise UserError("the prompt is empty; give at least one character")
-    import numpy as np
-
     from horovod_lm.decode import generate
-    from horovod_lm.objectives.registry import prompt_begin, prompt_is_prefix
-    from horovod_lm.objectives.words import decoder_start
     from horovod_lm.restored import restore
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
         restored = restore(run, backend, data=False)
-        config, tokenizer = restored.config, restored.tokenizer
-        ids, source = tokenizer.encode(text, special=True), None
-        if config.model.kind == "encoder-decoder":
-            source = np.append(ids, np.int32(tokenizer.end))[None]
-            begin = decoder_start(tokenizer) if restored.start is None else restored.start
-            ids = np.array([begin], np.int32)
-        elif (first := prompt_begin(config, tokenizer)) is not None:
-            ids = np.append(np.int32(first), ids)
+        tokenizer = restored.tokenizer
+        begun, source = restored.prompt(text)
         out = generate(
             restored.engine,
-            ids[None],
+            begun,
             tokens,
-            context=config.model.context,
+            context=restored.config.model.context,
             temperature=temperature,
             seed=seed,
-            end=tokenizer.end,
+            end=restored.ends,
             source=source,
-            prefix=source is None and prompt_is_prefix(config),
+            prefix=restored.sees_all_of_a_prompt,
         )
         restored.communicator.shutdown()
     if restored.communicator.rank:

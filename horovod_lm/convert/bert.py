@@ -165,7 +165,7 @@ class Roberta(Bert):
 
     def offset(self, config: Values) -> int:
         """The id of padding is a row of the table too."""
-        return int(config.real("pad_token_id", 1)) + 1
+        return config.index("pad_token_id", 1) + 1
 
     def heads(self, config: Values, shapes: Shapes) -> Json:
         """The fields of what stands on the stack."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -96,7 +97,16 @@ class Values:
         """A whole number above 0."""
         value = self.values.get(key, default)
         if type(value) is not int or value < 1:
-            raise UserError(f"config.json: {key} = {_shown(value)} must be a whole number above 0")
+            raise UserError(f"config.json: {key} = {shown(value)} must be a whole number above 0")
+        return value
+
+    def index(self, key: str, default: int) -> int:
+        """A whole number from 0."""
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 0:
+            raise UserError(
+                f"config.json: {key} = {shown(value)} must be a whole number, 0 or more"
+            )
         return value
 
     def maybe(self, key: str) -> int | None:
@@ -106,15 +116,15 @@ class Values:
     def real(self, key: str, default: float) -> float:
         """A number."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"config.json: {key} = {_shown(value)} must be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
+            raise UserError(f"config.json: {key} = {shown(value)} must be a number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise UserError(f"config.json: {key} = {_shown(value)} must be true or false")
+            raise UserError(f"config.json: {key} = {shown(value)} must be true or false")
         return value
 
     def only(self, key: str, *allowed: Any) -> None:
@@ -126,14 +136,14 @@ class Values:
     def activation(self, key: str, default: str, value: str | None = None) -> str:
         """Our word for an activation of theirs."""
         value = value or self.values.get(key, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise self.unsupported(key, value, tuple(ACTIVATIONS))
         return ACTIVATIONS[value]
 
     def unsupported(self, key: str, value: Any, allowed: tuple[Any, ...]) -> UserError:
         """That there is no place for this value here."""
-        words = " or ".join(dict.fromkeys(_shown(a) for a in allowed))
-        return UserError(f"config.json: {key} = {_shown(value)} is not supported; allowed: {words}")
+        words = " or ".join(dict.fromkeys(shown(a) for a in allowed))
+        return UserError(f"config.json: {key} = {shown(value)} is not supported; allowed: {words}")
 
     @property
     def architecture(self) -> str:
@@ -142,12 +152,10 @@ class Values:
         return str(names[0]) if isinstance(names, list) else ""
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)[:80]
+def shown(value: Any) -> str:
+    """A value as JSON writes it, on one line, and not all of a long one."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 ACTIVATIONS = {

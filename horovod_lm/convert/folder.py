@@ -108,8 +108,8 @@ def _shards(folder: Path, index: dict[str, Any]) -> Weights:
     for name in table.values():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise UserError(
-                f"{where} names the shard {name!r}; allowed are names of .safetensors files in the "
-                "same folder"
+                f"{where} names the shard {ascii(name)[:80]}; allowed are names of .safetensors "
+                "files in the same folder"
             )
     files = {}
     for name in sorted(set(table.values())):
@@ -123,5 +123,6 @@ def _shards(folder: Path, index: dict[str, Any]) -> Weights:
             place = f"in {table[name]}" if name in table else "nowhere"
             raise UserError(f"{folder / file} holds {name}, which {INDEX} has {place}")
     for name in sorted(table.keys() - dict(found).keys()):
-        raise UserError(f"{where} has {name} in {table[name]}, which does not hold it")
+        plain = name if name.isprintable() else ascii(name)
+        raise UserError(f"{where} has {plain[:200]} in {table[name]}, which does not hold it")
     return Weights(files)

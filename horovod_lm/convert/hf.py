@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import tensors
 from horovod_lm.convert.bert import Bert, DistilBert, Roberta
-from horovod_lm.convert.family import Family, Json, Row, Shapes, Values
+from horovod_lm.convert.family import Family, Json, Row, Shapes, Values, shown
 from horovod_lm.convert.folder import Weights
 from horovod_lm.convert.gpt2 import Gpt2
 from horovod_lm.convert.llama import Llama
+from horovod_lm.convert.progress import counting
 from horovod_lm.convert.t5 import T5
 from horovod_lm.convert.tensors import Tensor
 from horovod_lm.errors import UserError
@@ -29,6 +30,8 @@ from horovod_lm.spec import ModelSpec
 _ALL: tuple[Family, ...] = (Bert(), Roberta(), DistilBert(), Gpt2(), T5(), Llama())
 FAMILIES = {family.name: family for family in _ALL}
 Legacy = Callable[[Path, Path], None]  # writes a pytorch_model.bin as safetensors
+Log = Callable[[str], None]
+Count = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,12 @@ class Model:
     companions: dict[str, bytes]
 
 
-def read_model(folder: Path, legacy: Legacy | None = None, keep_extra: bool = False) -> Model:
+def read_model(
+    folder: Path, legacy: Legacy | None = None, keep_extra: bool = False, log: Log = print
+) -> Model:
     """Read and check a model's folder. `legacy` reads a `pytorch_model.bin`, which is refused
-    without it; with `keep_extra` tensors that have no place are kept, else refused."""
+    without it; with `keep_extra` tensors that have no place are kept, else refused. `log` is told
+    how far it is, where that takes long."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the one that holds config.json")
     text = files.read_bytes(folder, files.CONFIG)
@@ -62,7 +68,9 @@ def read_model(folder: Path, legacy: Legacy | None = None, keep_extra: bool = Fa
             companions[name] = data
     with tempfile.TemporaryDirectory() as work:
         weights = _open(folder, Path(work), legacy)
-        spec, values, extra = _take(folder, family, config, weights, keep_extra)
+        total = sum(t.data.nbytes for t in weights.tensors.values())
+        with counting(log, "reading", total) as count:
+            spec, values, extra = _take(folder, family, config, weights, keep_extra, count)
     _check_tokenizer(folder, companions.get(files.TOKENIZER), spec)
     headers = {name: file.header for name, file in weights.files.items()}
     return Model(family.name, spec, values, headers, extra, companions)
@@ -72,8 +80,8 @@ def family_of(config: Json) -> Family:
     """The family that a config.json names."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        shown = "missing" if name is None else f"{json.dumps(name)[:80]}, which is unknown"
-        raise UserError(f"config.json: model_type is {shown}; known: {', '.join(FAMILIES)}")
+        what = "missing" if name is None else f"{shown(name)}, which is unknown"
+        raise UserError(f"config.json: model_type is {what}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -84,7 +92,8 @@ def _open(folder: Path, work: Path, legacy: Legacy | None) -> Weights:
     path = files.plain_file(folder, files.LEGACY)
     if path is None:
         raise UserError(
-            f"{folder} has no weights: neither {files.WEIGHTS} nor {files.INDEX} is there"
+            f"{folder} has no weights: neither {files.WEIGHTS} nor {files.INDEX} is there; "
+            "save_pretrained of transformers writes them"
         )
     if legacy is None:
         raise UserError(
@@ -115,7 +124,7 @@ def full_names(family: Family, names: list[str]) -> dict[str, str]:
 
 
 def _take(
-    folder: Path, family: Family, config: Json, weights: Weights, keep_extra: bool
+    folder: Path, family: Family, config: Json, weights: Weights, keep_extra: bool, count: Count
 ) -> tuple[ModelSpec, dict[str, np.ndarray], dict[str, Tensor]]:
     """Every tensor to its place."""
     found = _by_full_name(folder, family, weights)
@@ -126,7 +135,7 @@ def _take(
     shapes = Shapes({name: tensor.shape for name, (_, tensor) in found.items()}, same)
     spec = spec_of(family, config, shapes)
     rows = {row.name: row for row in rows_of(family, spec)}
-    values = _values(folder, spec, rows, found)
+    values = _values(folder, spec, rows, found, count)
     left = [name for name in found if name not in rows]
     kept = re.compile("|".join(family.kept)) if family.kept else None
     for name in left:
@@ -155,7 +164,11 @@ def _by_full_name(folder: Path, family: Family, weights: Weights) -> dict[str, t
 
 
 def _values(
-    folder: Path, spec: ModelSpec, rows: Mapping[str, Row], found: Mapping[str, tuple[str, Tensor]]
+    folder: Path,
+    spec: ModelSpec,
+    rows: Mapping[str, Row],
+    found: Mapping[str, tuple[str, Tensor]],
+    count: Count,
 ) -> dict[str, np.ndarray]:
     """The spec's parameters, in its order. Raises `UserError` for a tensor that is missing, or is
     not what `rows` ask for."""
@@ -185,6 +198,7 @@ def _values(
             continue
         for part, array in zip(row.parts, row.split(tensor.fp32(), wanted), strict=True):
             values[part] = np.ascontiguousarray(array)
+        count(tensor.data.nbytes)
     for name, row in rows.items():
         if row.parts[0] not in values:
             raise UserError(f"{folder}: the tensor {name} is missing")
@@ -195,7 +209,10 @@ def _values(
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     same = one.dtype == other.dtype and one.shape == other.shape
-    return same and np.array_equal(one.data, other.data)
+    same = same and np.array_equal(one.data, other.data)
+    one.forget()
+    other.forget()
+    return same
 
 
 def rows_of(family: Family, spec: ModelSpec) -> list[Row]:
@@ -221,7 +238,7 @@ def spec_of(family: Family, config: Json, shapes: Shapes) -> ModelSpec:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])
         reason = fault["ctx"]["error"] if fault["type"] == "value_error" else fault["msg"]
-        given = f"{key} = {fault['input']}: " if key else ""
+        given = f"{key} = {shown(fault['input'])}: " if key else ""
         raise UserError(f"config.json: there is no such model here: {given}{reason}") from None
 
 
@@ -338,8 +355,9 @@ def write_weights(
     weights: Mapping[str, np.ndarray],
     headers: Mapping[str, str],
     extra: Mapping[str, Tensor],
+    log: Log = print,
 ) -> None:
-    """Write the weight files of a folder."""
+    """Write the weight files of a folder. `log` is told how far it is, where that takes long."""
     everything = [name for header in headers.values() for name in tensors.places(header)]
     full = full_names(family, everything)
     rows = {row.name: row for row in rows_of(family, spec)}
@@ -352,5 +370,8 @@ def write_weights(
         parts = [weights.get(p, keys) for p in row.parts]
         return tensors.encode(row.join(parts), dtype)
 
-    for name, header in headers.items():
-        tensors.write(target / name, header, data)
+    places = [place for header in headers.values() for place in tensors.places(header).values()]
+    total = sum(stop - start for _, _, start, stop in places)
+    with counting(log, "writing", total) as count:
+        for name, header in headers.items():
+            tensors.write(target / name, header, data, count)

@@ -7,11 +7,8 @@ With them the folder is written again byte by byte, but for the weights that wer
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +17,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from horovod_lm import checkpoint
 from horovod_lm.backend import EngineState, load_backend
-from horovod_lm.config import Config, make_config
+from horovod_lm.config import Config, make_config, with_keys
 from horovod_lm.convert import folder as files
 from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.family import Family
+from horovod_lm.convert.target import claim_new, new_folder
 from horovod_lm.convert.tensors import Tensor
+from horovod_lm.convert.tokenizer import GENERATION, export_tokenizer, nothing
 from horovod_lm.convert.tools import ConvertTools
-from horovod_lm.errors import UserError
-from horovod_lm.run_folder import IMPORTED, RunRecord, claim
+from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.run_folder import IMPORTED, STATE, RunRecord, tokenizer_file
+from horovod_lm.spec import ModelSpec
 
 LAYOUT, EXTRA = "layout.json", "extra.safetensors"
 Log = Callable[[str], None]
@@ -56,9 +56,20 @@ class Imported:
     @property
     def decoder_start(self) -> int | None:
         """The token with which a decoder begins, where the config names one."""
-        config = json.loads(self.companions[files.CONFIG])
+        config = files.parse_json(self.companions[files.CONFIG], Path(IMPORTED, files.CONFIG))
         start = config.get("decoder_start_token_id", config.get("pad_token_id"))
         return start if type(start) is int else None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer, where a config names some."""
+        for name in (GENERATION, files.CONFIG):
+            values = files.parse_json(self.companions.get(name, b"{}"), Path(IMPORTED, name))
+            ids = values.get("eos_token_id")
+            found = [n for n in (ids if isinstance(ids, list) else [ids]) if type(n) is int]
+            if found:
+                return tuple(found)
+        return ()
 
 
 def tools(backend: str) -> ConvertTools:
@@ -75,50 +86,38 @@ def import_run(
     """Make the run `run` of the model in `source`; returns its config. All is read and checked
     before anything is written."""
     claim_new(run)
-    model = hf.read_model(source, tools("torch").legacy_weights if legacy else None, keep_extra)
-    own = run.resolve() / IMPORTED
-    data: dict[str, Any] = {"vocabulary": model.spec.vocabulary}
-    if files.TOKENIZER in model.companions:
-        data["tokenizer"] = str(own / files.TOKENIZER)
+    legacy_weights = tools("torch").legacy_weights if legacy else None
+    model = hf.read_model(source, legacy_weights, keep_extra, log)
+    tokenizer = run.resolve() / IMPORTED / files.TOKENIZER
+    data = {"vocabulary": model.spec.vocabulary, "tokenizer": str(tokenizer)}
     fields = model.spec.model_dump(mode="json", exclude={"vocabulary"}, exclude_none=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", run.resolve().name)[:80] or "imported"
-    config = make_config({"name": name, "model": fields, "data": data}, str(source))
-    claim(run, resume=False)
-    try:
-        _write_run(run, config, model, source)
-    except BaseException:
-        shutil.rmtree(run)
-        raise
+    sections = {"model": fields, "data": data, "objective": _objectives(model.spec)}
+    config = make_config({"name": name, **sections}, str(source))
+    log(f"writing {4 * model.spec.size / 1e6:,.1f} MB to {run}")
+    with new_folder(run, STATE) as partial:
+        _write_run(partial, config, model, source)
     log(f"{model.family}: {model.spec.size:,} parameters, {len(model.weights)} tensors")
+    if files.TOKENIZER not in model.companions:
+        log(
+            f"there is no {files.TOKENIZER}: put the model's own at {tokenizer}, or set "
+            "data.tokenizer, before the run reads text"
+        )
     if model.extra:
         log(f"kept beside them, unused: {', '.join(sorted(model.extra))}")
     return config
 
 
-def claim_new(target: Path) -> None:
-    """Raise `UserError` unless there is nothing at `target`, or an empty folder."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target} is there already; give another path")
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; give another folder")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to make and fill, which becomes `target` when the context ends well; of one that
-    does not, nothing stays. Raises `UserError` where it can't be written."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{target} can't be written: {reason}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _objectives(spec: ModelSpec) -> list[dict[str, str]]:
+    """What a model of `spec` has learnt, as far as its outputs tell; decoders have the default."""
+    if spec.kind == "encoder-decoder":
+        return [{"name": "span_corruption"}]
+    if spec.kind == "decoder" or not (spec.head_transform or spec.head_bias):
+        return []
+    heads = {head.name: (head.outputs, head.over) for head in spec.task_heads}
+    if heads.get("next_sentence") == (2, "sequence"):
+        return [{"name": "masked_lm", "on": "next_sentence"}, {"name": "next_sentence"}]
+    return [{"name": "masked_lm"}]
 
 
 def _write_run(run: Path, config: Config, model: hf.Model, source: Path) -> None:
@@ -133,10 +132,16 @@ def _write_run(run: Path, config: Config, model: hf.Model, source: Path) -> None
     header = tensors.header_of({n: (t.dtype, t.shape) for n, t in model.extra.items()})
     tensors.write(own / EXTRA, header, lambda name, _: model.extra[name].data)
     state = checkpoint.RunState(0, 0, {}, EngineState(model.weights))
-    path = checkpoint.save(run / "checkpoints", state, config, keep=1)
+    try:
+        path = checkpoint.save(run / "checkpoints", state, config, keep=1)
+    except RunFailed as error:
+        # What it says is about a run that goes on.
+        raise OSError(None, checkpoint.reason(error.__cause__ or error)) from None
+    # As a path within the folder, which may be moved.
+    within = with_keys(config, data={"tokenizer": f"{IMPORTED}/{files.TOKENIZER}"})
     record = RunRecord(
         run,
-        config,
+        within,
         backend=config.launch.backend,
         ranks=0,
         threads=0,
@@ -189,30 +194,61 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
     A run that was imported, or began with the weights of one, is written as that was, if it still
     has its model. Others go to the family that has such a model. Raises `UserError` if none has.
     """
+    claim_new(target)
     config, weights = read_run(run)
     spec = config.model
-    claim_new(target)
     imported = read_imported(run)
     if imported is not None:
-        text = imported.companions[files.CONFIG]
-        if not hf.fits(imported.family, spec, text, imported.headers):
-            log("the model is not the imported one any more: it is written anew")
+        change = _change(run, imported, config)
+        if change is not None:
+            log(f"the {change} is not the imported one any more: it is written anew")
             imported = None
     if imported is None:
         extra: dict[str, Tensor] = {}
-        companions = _tokenizer(config, log)
-        plan = hf.plan(spec, _ends(companions, spec))
-        family, headers = plan.family, plan.headers
+        text = own_tokenizer(run, config, log)
+        exported = nothing(spec) if text is None else export_tokenizer(text, spec)
+        plan = hf.plan(spec, exported.ids)
+        family, headers, companions = plan.family, plan.headers, exported.companions
         companions[files.CONFIG] = plan.config
     else:
         family, headers = imported.family, imported.headers
         extra, companions = imported.extra, imported.companions
-    with new_folder(target) as partial:
-        partial.mkdir(parents=True)
+    with new_folder(target, files.CONFIG) as partial:
         for name, content in companions.items():
             (partial / name).write_bytes(content)
-        hf.write_weights(partial, family, spec, weights, headers, extra)
+        hf.write_weights(partial, family, spec, weights, headers, extra, log)
     return family.name
+
+
+def _change(run: Path, imported: Imported, config: Config) -> str | None:
+    """What of a run is not that of the model which it was imported from, if anything is."""
+    text = imported.companions[files.CONFIG]
+    if not hf.fits(imported.family, config.model, text, imported.headers):
+        return "model"
+    return None if has_imported_tokenizer(run, imported, config) else "tokenizer"
+
+
+def has_imported_tokenizer(run: Path, imported: Imported, config: Config) -> bool:
+    """Whether a run reads text as the model that it was imported from did."""
+    own = tokenizer_file(run, config)
+    text = imported.companions.get(files.TOKENIZER)
+    if own is None or text is None:  # one that was found later is the model's own
+        return not config.data.is_trained
+    return own.read_bytes() == text
+
+
+def own_tokenizer(run: Path, config: Config, log: Log) -> bytes | None:
+    """The tokenizer.json of a run, None if there is none any more."""
+    from horovod_lm.data.prepare import prepare
+
+    path = tokenizer_file(run, config)
+    if path is None:
+        try:
+            path = prepare(config, log).folder / files.TOKENIZER
+        except UserError as error:
+            log(f"without a tokenizer: {error}")
+            return None
+    return path.read_bytes()
 
 
 def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -220,50 +256,3 @@ def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
     config = checkpoint.config_of_run(run)
     weights = checkpoint.load(checkpoint.newest_of_run(run, config)).engine.weights
     return config, {name: array.astype("f", copy=False) for name, array in weights.items()}
-
-
-def _tokenizer(config: Config, log: Log) -> dict[str, bytes]:
-    """The tokenizer that a run was trained with, and how transformers is to take it."""
-    from horovod_lm.data.prepare import prepare
-
-    try:
-        prepared = prepare(config, log)
-    except UserError as error:
-        log(f"without a tokenizer: {error}")
-        return {}
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    text = (prepared.folder / "tokenizer.json").read_bytes()
-    ids = prepared.tokenizer.special
-    words = {}
-    with suppress(ValueError, KeyError, TypeError):
-        words = {t["id"]: t["content"] for t in json.loads(text)["added_tokens"]}
-    for key, name in (
-        ("eos_token", "end"), ("bos_token", "begin"), ("pad_token", "padding"),
-        ("mask_token", "mask"), ("cls_token", "classify"), ("sep_token", "separate"),
-    ):  # fmt: skip
-        if ids.get(name) in words:
-            settings[key] = words[ids[name]]
-    settings["clean_up_tokenization_spaces"] = False
-    return {
-        files.TOKENIZER: text,
-        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
-    }
-
-
-def _ends(companions: dict[str, bytes], spec: Any) -> dict[str, Any]:
-    """The ids that a config.json names. Without a tokenizer there are none, and no default."""
-    ids: dict[str, int | None] = {"eos_token": None, "bos_token": None, "pad_token": None}
-    if files.TOKENIZER in companions:
-        settings = json.loads(companions["tokenizer_config.json"])
-        added = json.loads(companions[files.TOKENIZER]).get("added_tokens", [])
-        table = {token["content"]: token["id"] for token in added}
-        ids = {key: table.get(settings.get(key)) for key in ids}
-    if ids["bos_token"] is None:
-        ids["bos_token"] = ids["eos_token"]
-    more: dict[str, Any] = {f"{key}_id": value for key, value in ids.items()}
-    if spec.position_offset or more["pad_token_id"] is None:
-        more.pop("pad_token_id")  # RoBERTa's is given by its positions
-    if spec.kind == "encoder-decoder":
-        pad = more.setdefault("pad_token_id", more["eos_token_id"] or 0)
-        more["decoder_start_token_id"] = pad
-    return more

@@ -6,25 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from horovod_lm.convert.folder import TOKENIZER
-from horovod_lm.convert.run import claim_new, new_folder, read_imported, read_run, tools
+from horovod_lm.convert.run import own_tokenizer, read_run, tools
+from horovod_lm.convert.target import claim_new, new_folder
 
 
 def export_saved_model(
     run: Path, target: Path, backend: str = "tensorflow", log: Callable[[str], None] = print
 ) -> None:
     """Write the newest checkpoint of a run as a TensorFlow SavedModel, which runs without this
-    package, with the tokenizer of an imported model in its `assets.extra`.
+    package, with the run's tokenizer in its `assets.extra`.
 
     Its signature takes `tokens` (B, context) int32 and `blocks` of the same, 1 for tokens and 0 for
     padding, with `source` and `source_blocks` for an encoder-decoder and `segments` where there are
     some; it gives hidden states by stack, `logits`, and those of task heads as `NAME_logits`.
     """
-    config, weights = read_run(run)
     claim_new(target)
-    imported = read_imported(run)
-    with new_folder(target) as partial:
+    config, weights = read_run(run)
+    text = own_tokenizer(run, config, log)
+    with new_folder(target, "saved_model.pb") as partial:
         tools(backend).saved_model(config.model, weights, partial)
-        if imported is not None and TOKENIZER in imported.companions:
+        if text is not None:
             extra = partial / "assets.extra"
             extra.mkdir()
-            (extra / TOKENIZER).write_bytes(imported.companions[TOKENIZER])
+            (extra / TOKENIZER).write_bytes(text)

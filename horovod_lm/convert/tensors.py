@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from horovod_lm.errors import UserError
 
 _LONGEST_HEADER = 100_000_000  # bytes, the library's own limit
+_LONGEST_NAME = 1000
 _SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
     "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -37,11 +39,20 @@ class Tensor:
     def fp32(self) -> np.ndarray:
         """Its values, exactly; the type is one of `READ`."""
         raw = np.array(self.data)
+        self.forget()
         if self.dtype == "BF16":
             wide = raw.view("<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
         kind = "<f4" if self.dtype == "F32" else "<f2"
         return raw.view(kind).astype(np.float32, copy=False).reshape(self.shape)
+
+    def forget(self) -> None:
+        """Give back the memory in which the file's pages stand, until they are read again."""
+        base: Any = self.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def encode(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -74,7 +85,7 @@ def read(path: Path) -> File:
         return _read(path)
     except OSError as error:
         raise UserError(f"{path} can't be read: {(error.strerror or str(error)).lower()}") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a valid safetensors file: {error}") from None
 
 
@@ -114,12 +125,15 @@ def places(header: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        dtype, shape = entry["dtype"], entry["shape"]
-        start, stop = entry["data_offsets"]
-        if dtype not in _SIZES:
-            raise ValueError(f"{name} has the unknown type {dtype}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        if not name.isprintable() or len(name) > _LONGEST_NAME:  # it would spoil every message
+            raise ValueError(f"its header has the name {name[:80]!a}, which no tensor has")
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in _SIZES:
+            raise ValueError(f"{name} has the unknown type {json.dumps(dtype)[:80]}")
+        if not (_numbers(shape) and _numbers(place) and len(place) == 2):
             raise ValueError(f"{name} has no plain shape and place")
+        start, stop = place
         if stop - start != math.prod(shape) * _SIZES[dtype]:
             raise ValueError(f"{name} has {stop - start} bytes, which is not {shape} of {dtype}")
         spans[name] = (dtype, tuple(shape), start, stop)
@@ -129,6 +143,10 @@ def places(header: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
             raise ValueError(f"{name} begins at byte {start} of the data instead of {at}")
         at = stop
     return spans
+
+
+def _numbers(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -150,8 +168,14 @@ def header_of(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     return text + " " * (-len(text.encode()) % 8)
 
 
-def write(path: Path, header: str, data: Callable[[str, str], np.ndarray]) -> None:
-    """Write a file with this header; `data(name, dtype)` gives a tensor's bytes."""
+def write(
+    path: Path,
+    header: str,
+    data: Callable[[str, str], np.ndarray],
+    count: Callable[[int], None] | None = None,
+) -> None:
+    """Write a file with this header; `data(name, dtype)` gives a tensor's bytes. `count` is told
+    of each one's number of bytes when they are written."""
     spans = places(header)
     text = header.encode("utf-8")
     with path.open("wb") as file:
@@ -159,4 +183,6 @@ def write(path: Path, header: str, data: Callable[[str, str], np.ndarray]) -> No
         for name, (dtype, _, start, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
             raw = data(name, dtype)
             assert raw.nbytes == stop - start, name
-            file.write(raw.tobytes())
+            file.write(raw.data)
+            if count is not None:
+                count(raw.nbytes)

@@ -146,6 +146,19 @@ class Tokenizer:
         for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int32)
 
+    @property
+    def opening(self) -> list[int]:
+        """The special tokens that a loaded file says to put before a text; no objective does."""
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        marks = [*encoding.special_tokens_mask, 0]
+        return encoding.ids[: marks.index(0)]
+
+    def token(self, number: int) -> str:
+        """The token with an id that there is, as the vocabulary has it."""
+        token = self._tokenizer.id_to_token(number)
+        assert token is not None, number
+        return token
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of `ids`; end-of-text appears as `<|endoftext|>`, an id that no token has as
         nothing, and bytes that are not UTF-8 (half a character) as U+FFFD."""

@@ -60,8 +60,11 @@ def backends():
     from tf_backend.backend import Backend as TensorFlowBackend
     from torch_backend.backend import Backend as TorchBackend
 
-    made = TorchBackend(1), TensorFlowBackend(1)
-    return [(backend, backend.communicator()) for backend in made]
+    made = [(b, b.communicator()) for b in (TorchBackend(1), TensorFlowBackend(1))]
+    yield made
+    # The first has begun MPI and ends it: at exit the order would be that of the last calls.
+    for _, communicator in reversed(made):
+        communicator.shutdown()
 
 
 @pytest.fixture(scope="session")

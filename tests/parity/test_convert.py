@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from horovod_lm.backend import EngineSettings, EngineState
-from horovod_lm.convert import hf
+from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.run import export_run, import_run
 from horovod_lm.data.cache import building, cache_folder, locked
 from horovod_lm.decode import generate
@@ -404,6 +405,48 @@ def test_a_legacy_file_is_read_without_its_code(engines, backends, tmp_path, mon
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(UserError, match="is not a file of weights alone"):
         hf.read_model(tmp_path / "hf", found["torch"].legacy_weights)
+
+
+def test_a_legacy_file_of_any_kind_is_read_or_refused(backends, tmp_path):
+    """Both formats give their tensors; what is damaged, hostile or something else is one message,
+    whatever PyTorch's reader stumbles over."""
+    import torch
+
+    read = backends[0][0].convert().legacy_weights
+    path, target = tmp_path / "pytorch_model.bin", tmp_path / "out.safetensors"
+    odd = torch.arange(12.0).reshape(3, 4).T
+    table = {"odd": odd, "half": torch.ones(3).bfloat16(), "one": torch.tensor(7), "same": odd}
+    generator = np.random.default_rng(2)
+    for new in (True, False):
+        torch.save(table, path, _use_new_zipfile_serialization=new)
+        read(path, target)
+        found = tensors.read(target).tensors
+        assert list(found) == list(table)
+        assert np.array_equal(found["odd"].fp32(), odd.numpy()), new
+        assert found["half"].dtype == "BF16" and found["one"].data.view("<i8") == 7
+        good = path.read_bytes()
+        for _ in range(150):
+            bad = bytearray(good)
+            for place in generator.integers(0, len(bad), 4):
+                bad[place] = generator.integers(0, 256)
+            path.write_bytes(bytes(bad[: generator.integers(1, len(bad))]))
+            with contextlib.suppress(UserError):
+                read(path, target)
+    refused = {
+        "a bomb": torch.ones(1).expand(10**9), "sparse": torch.eye(3).to_sparse(),
+        "nowhere": torch.ones(2, device="meta"), "complex": torch.ones(2).to(torch.complex64),
+    }  # fmt: skip
+    for name, tensor in refused.items():
+        torch.save({name: tensor}, path)
+        with pytest.raises(UserError, match=f"'{name}' is not a plain tensor"):
+            read(path, target)
+    torch.save({"a\nb": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="no plain names of tensors"):
+        read(path, target)
+    for what in ([torch.ones(1)], {"state": {"a": torch.ones(1)}}, {3: torch.ones(1)}):
+        torch.save(what, path)
+        with pytest.raises(UserError, match=r"not a table of tensors|not a tensor with a name"):
+            read(path, target)
 
 
 WITHOUT_US = """

@@ -172,6 +172,12 @@ def test_precisions_are_compared_by_their_ends_alone(config, tmp_path):
     assert "the final loss of bf16 against fp32" in said
 
 
+def test_as_few_steps_as_the_warm_up_are_compared_without_their_speed(config, tmp_path):
+    code, report, said = compared(config, tmp_path / "out", "-np", "1", "--set", "train.steps=4")
+    assert code == 0 and report.same is True and report.rounds == [], said
+    assert [variant.run["state"] for variant in report.variants] == ["finished", "finished"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +17,14 @@ from tokenizers import Tokenizer, models
 
 from horovod_lm import checkpoint
 from horovod_lm.cli import group
-from horovod_lm.config import load_config
-from horovod_lm.convert import hf, tensors
+from horovod_lm.config import load_config, to_toml
+from horovod_lm.convert import hf, progress, tensors
 from horovod_lm.convert.run import export_run, import_run, read_imported
 from horovod_lm.convert.tensors import Tensor
-from horovod_lm.errors import UserError
+from horovod_lm.data.prepare import prepare
+from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.randomness import initial_weights
+from horovod_lm.run_folder import carry_over, claim, tokenizer_file
 from horovod_lm.spec import ModelSpec
 
 SMALL = {"vocabulary": 300, "context": 12, "width": 8, "layers": 2, "heads": 2}
@@ -297,6 +303,116 @@ def test_a_run_starts_with_the_weights_of_another(bert, tmp_path):
         checkpoint.check_start(tmp_path / "nowhere", spec)
 
 
+def save_tokenizer(folder, size=300):
+    words = {"</s>": 0, **{f"w{i}": i for i in range(1, size)}}
+    Tokenizer(models.WordLevel(words, unk_token="</s>")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives"),
+    [
+        ("bert", [("masked_lm", "next_sentence"), ("next_sentence", None)]),
+        ("bert untied", [("masked_lm", None)]),
+        ("bert bare", []),
+        ("roberta", [("masked_lm", None)]),
+        ("roberta classifier", []),
+        ("t5", [("span_corruption", None)]),
+        ("gpt2", []),
+    ],
+)
+def test_an_imported_run_has_the_objectives_of_its_outputs(name, objectives, tmp_path):
+    """So that it can be evaluated, and trained further, as it is."""
+    write(tmp_path / "hf", ModelSpec(**SPECS[name]))
+    config = import_run(tmp_path / "hf", tmp_path / "run")
+    assert [(table.name, table.on) for table in config.objective] == objectives
+    assert load_config(tmp_path / "run" / "config.toml").objective == config.objective
+
+
+def test_an_imported_run_may_be_moved(bert, tmp_path):
+    save_tokenizer(bert)
+    import_run(bert, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "other")
+    config = load_config(tmp_path / "other" / "config.toml")
+    own = tmp_path / "other" / "imported" / "tokenizer.json"
+    assert config.data.tokenizer == str(own) == str(tokenizer_file(tmp_path / "other", config))
+    export_run(tmp_path / "other", tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+
+
+def test_a_missing_tokenizer_is_said_and_none_is_made_up(bert, tmp_path):
+    said = []
+    config = import_run(bert, tmp_path / "run", log=said.append)
+    (line,) = (
+        line for line in said if "there is no tokenizer.json: put the model's own at" in line
+    )
+    assert config.data.tokenizer in line and tokenizer_file(tmp_path / "run", config) is None
+    with pytest.raises(UserError, match=r"tokenizer\.json does not exist; give the path"):
+        prepare(config)
+
+
+def continued(run, folder, text, **data):
+    """A run that began with the weights of `run`, and kept a tokenizer with this text."""
+    config = load_config(
+        run / "config.toml", [f"data.{k}={json.dumps(v)}" for k, v in data.items()]
+    )
+    carry_over(run, folder)
+    state = checkpoint.RunState(
+        5, 5, {}, checkpoint.load(checkpoint.newest(run / "checkpoints")).engine
+    )
+    checkpoint.save(folder / "checkpoints", state, config, keep=2)
+    (folder / "config.toml").write_text(to_toml(config))
+    (folder / "tokenizer.json").write_bytes(text)
+    return folder
+
+
+def test_another_tokenizer_makes_another_model(bert, tmp_path):
+    """A run that starts with an imported one's weights is exported with what it reads text by."""
+    save_tokenizer(bert)
+    run, own = tmp_path / "run", bert / "tokenizer.json"
+    import_run(bert, run)
+    same = continued(run, tmp_path / "same", own.read_bytes())
+    export_run(same, tmp_path / "back")
+    assert content(tmp_path / "back") == content(bert)
+    (tmp_path / "text").mkdir()
+    save_tokenizer(tmp_path / "text", 299)
+    text = (tmp_path / "text" / "tokenizer.json").read_bytes()
+    said = []
+    other = continued(run, tmp_path / "other", text, tokenizer="wordpiece")
+    assert export_run(other, tmp_path / "new", said.append) == "bert"
+    assert "the tokenizer is not the imported one any more: it is written anew" in said
+    assert (tmp_path / "new" / "tokenizer.json").read_bytes() == text
+    settings = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "</s>"
+    weights, before = (hf.read_model(f).weights for f in (tmp_path / "new", bert))
+    assert all(np.array_equal(weights[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_imported_model_is_not_trained_in_its_place(resume, bert, tmp_path):
+    run = tmp_path / "run"
+    import_run(bert, run)
+    with pytest.raises(UserError, match=f"stays as it is; .*--set train.start_from={run}, and an"):
+        claim(run, resume)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 7}, None, (7,)),
+        ({"eos_token_id": 7}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": [1, 2]}, {"max_length": 9}, (1, 2)),
+        ({"eos_token_id": None}, None, ()),
+        ({"eos_token_id": "x"}, None, ()),
+    ],
+)
+def test_an_imported_model_ends_where_its_configs_say(config, generation, ends, bert, tmp_path):
+    set_config(**config)(bert)
+    if generation is not None:
+        (bert / "generation_config.json").write_text(json.dumps(generation))
+    import_run(bert, tmp_path / "run")
+    assert read_imported(tmp_path / "run").ends == ends
+
+
 def test_a_model_that_no_family_has(tmp_path):
     spec = ModelSpec(**{**SMALL, "positions": "alibi"})
     with pytest.raises(UserError, match=r"nearest is \w+, which does not go with .*positions"):
@@ -438,6 +554,12 @@ BAD = [
     (set_config(model_type="mamba"), 'model_type is "mamba", which is unknown; known: bert, rob'),
     (set_config(model_type=None), "model_type is missing"),
     (set_config(hidden_act="mish"), 'hidden_act = "mish" is not supported; allowed: "gelu" or'),
+    (set_config(hidden_act=["gelu"]), r'hidden_act = \["gelu"\] is not supported; allowed: "g'),
+    (set_config(hidden_act="a" * 10_000), r'hidden_act = "a{79}… is not supported'),
+    (set_config(hidden_act="a\n\ud800"), r'hidden_act = "a\\n\\ud800" is not supported'),
+    (set_config(layer_norm_eps=10**400), r"layer_norm_eps = 10{79}… must be a number"),
+    (set_config(layer_norm_eps=float("nan")), "norm_epsilon = NaN: Input should be a finite"),
+    (set_config(hidden_size=-8), "hidden_size = -8 must be a whole number above 0"),
     (set_config(position_embedding_type="relative_key"), "position_embedding_type"),
     (set_config(is_decoder=True), "is_decoder = true is not supported; allowed: false"),
     (set_config(hidden_size="8"), 'hidden_size = "8" must be a whole number above 0'),
@@ -464,8 +586,33 @@ def test_bad_input_has_one_message(spoil, message, bert, tmp_path):
     spoil(bert)
     with pytest.raises(UserError, match=message) as error:
         import_run(bert, tmp_path / "run")
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
     assert not (tmp_path / "run").exists()
+
+
+FULL = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+HEADERS = [
+    ({"a": 1}, "a has the unknown type null"),
+    ({"a": {"dtype": ["F32"]}}, r'a has the unknown type \["F32"\]'),
+    ({"a": {"dtype": "U8"}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "shape": [-4]}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "shape": "4"}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "data_offsets": [4]}}, "a has no plain shape and place"),
+    ({"a": {**FULL, "shape": [2**70, 2**70]}}, "a has 4 bytes, which is not"),
+    ({"a\n\ud800": FULL}, r"has the name 'a\\n\\ud800', which no tensor has"),
+    ({"a" * 2000: FULL}, "has the name 'a{80}', which no tensor has"),
+    ([], "its header is no table"),
+]
+
+
+@pytest.mark.parametrize(("header", "message"), HEADERS)
+def test_a_header_that_lies(header, message, tmp_path):
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(UserError, match=f"not a valid safetensors file: .*{message}") as error:
+        tensors.read(path)
+    assert str(error.value).isprintable()
 
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
@@ -477,6 +624,9 @@ UNSUPPORTED = [
     ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
     ("llama", {"attention_bias": True}, "mlp_bias = false is not supported; allowed: true"),
     ("roberta", {"hidden_act": "relu"}, "hidden_act"),
+    ("roberta", {"pad_token_id": -5}, "pad_token_id = -5 must be a whole number, 0 or more"),
+    ("roberta", {"pad_token_id": 1.5}, "pad_token_id = 1.5 must be"),
+    ("roberta", {"pad_token_id": float("inf")}, "pad_token_id = Infinity must be"),
 ]
 
 
@@ -513,6 +663,128 @@ def test_nothing_is_overwritten(bert, tmp_path):
         import_run(bert, tmp_path / "run")
     with pytest.raises(UserError, match="is not the folder of a run"):
         export_run(tmp_path / "run", tmp_path / "back")
+
+
+@pytest.fixture
+def imported(bert, tmp_path):
+    import_run(bert, tmp_path / "imported")
+    return tmp_path / "imported"
+
+
+DIRECTIONS = ["import", "export"]
+
+
+def convert(direction, bert, imported, target):
+    if direction == "import":
+        import_run(bert, target)
+    else:
+        export_run(imported, target)
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_an_empty_folder_is_filled_even_where_one_stands(
+    direction, bert, imported, tmp_path, monkeypatch
+):
+    convert(direction, bert, imported, tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    convert(direction, bert, imported, Path("."))
+    assert tree(Path(".")) == tree(tmp_path / "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"hf", "imported", "new", "empty"}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("place", ["new", "a/b/new", "empty"])
+def test_a_conversion_that_ends_early_leaves_nothing(
+    direction, place, bert, imported, tmp_path, monkeypatch
+):
+    (tmp_path / "empty").mkdir()
+    before, target = tree(tmp_path), tmp_path / place
+    real = tensors.write
+
+    def interrupt(path, *arguments):
+        real(path, *arguments)
+        # A kill at this moment would leave nothing under the name either.
+        assert not target.exists() or tree(target)[0] == ".partial"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(direction, bert, imported, target)
+    assert tree(tmp_path) == before
+    # What a kill leaves beside it is no hindrance.
+    for left in (tmp_path / ".new.partial", tmp_path / "empty" / ".partial"):
+        left.mkdir()
+        (left / "config.json").touch()
+    convert(direction, bert, imported, target)
+    assert ".partial" not in tree(target)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("size", [500, 8000])
+def test_a_full_disk_is_a_failed_run(direction, size, bert, imported, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    before = tree(tmp_path)
+    try:
+        with pytest.raises(RunFailed, match="new can't be written: file too large; nothing is le"):
+            convert(direction, bert, imported, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_place_that_cannot_be_written_is_refused(direction, bert, imported, tmp_path):
+    (tmp_path / "file").touch()
+    for place, message in (
+        (tmp_path / "file", "is there already; give another path"),
+        (tmp_path / "file" / "new", "new can't be made: .*file is not a folder; give another"),
+        (Path("/proc/new"), "/proc/new can't be made: .*; give another path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(direction, bert, imported, place)
+
+
+def test_a_long_conversion_says_how_far_it_is(bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    said = []
+    import_run(bert, tmp_path / "run", log=said.append)
+    export_run(tmp_path / "run", tmp_path / "back", said.append)
+    assert [line for line in said if line.startswith("reading: 0 of 0 MB")]
+    assert [line for line in said if line.startswith("writing: 0 of 0 MB")]
+
+
+def test_memory_stays_near_the_size_of_the_model(tmp_path):
+    """Of each direction, beyond what a small model takes."""
+    spec = ModelSpec(**{**SPECS["gpt2"], "width": 1024, "vocabulary": 8000, "layers": 4})
+    for name, made in (("small", ModelSpec(**SPECS["gpt2"])), ("large", spec)):
+        write(tmp_path / name, made)
+    code = """
+import resource, sys
+from pathlib import Path
+from horovod_lm.convert.run import export_run, import_run
+{"import": import_run, "export": export_run}[sys.argv[1]](*map(Path, sys.argv[2:]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+    def peak(*words):
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return int(done.stdout.split()[-1])
+
+    for direction, source, target in (("import", "", ".run"), ("export", ".run", ".back")):
+        small, large = (
+            peak(direction, tmp_path / f"{name}{source}", tmp_path / f"{name}{target}")
+            for name in ("small", "large")
+        )
+        assert 4 * spec.size > 2e8
+        assert large - small < 1.5 * 4 * spec.size, direction
 
 
 def test_the_command(bert, tmp_path, capsys):

@@ -36,6 +36,11 @@ def test_rows_stop_at_the_end_token_and_all_at_the_last_one(engine):
     assert out.tolist() == [[2, 3, 3, 3], [0, 1, 2, 3]]
 
 
+def test_rows_stop_at_any_of_several_ends_and_go_on_with_the_first(engine):
+    out = generate(engine, prompts([0, 1], [2, 4]), 9, context=16, end=(3, 2))
+    assert out.tolist() == [[2, 3, 3], [0, 1, 2]]
+
+
 def test_the_context_is_filled_and_no_more(engine):
     assert generate(engine, prompts([0, 1, 2]), 50, context=8).shape == (1, 5)
     assert generate(engine, prompts([0] * 7), 50, context=8).shape == (1, 1)
