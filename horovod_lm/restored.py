@@ -73,16 +73,11 @@ class Restored:
 def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     """Load the newest valid checkpoint of a run's folder into `backend` (default: the one it was
     trained with), with its data where it is asked for, or the tokenizer can't be had without.
-    Without data it is there to generate text. Raises `UserError` if there is none, or its model
-    can't do what is asked."""
+    Raises `UserError` if there is none."""
     overrides = [f"launch.backend={json.dumps(backend)}"] if backend else []
     config = checkpoint.config_of_run(run, overrides)
     if data:
         check_kind(config)
-    elif "decoder" not in config.model.stacks:
-        raise UserError(
-            f'{run} is a model of kind "{config.model.kind}", which has no decoder to generate with'
-        )
     path = checkpoint.newest_of_run(run, config)
     threads = environment.apply(config)
     own, prepared = None if data else tokenizer_file(run, config), None
@@ -100,6 +95,16 @@ def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
     engine = make_engine(config, loaded, communicator)
     engine.load_state(EngineState(state.engine.weights))
     return Restored(config, prepared, tokenizer, engine, communicator, state.step, imported)
+
+
+def restore_to_generate(run: Path, backend: str | None) -> Restored:
+    """`restore` without data. Raises `UserError` for a model that can't generate, at once."""
+    spec = checkpoint.config_of_run(run).model
+    if "decoder" not in spec.stacks:
+        raise UserError(
+            f'{run} is a model of kind "{spec.kind}", which has no decoder to generate with'
+        )
+    return restore(run, backend, data=False)
 
 
 def _load_tokenizer(path: Path, config: Config) -> Tokenizer:

@@ -51,10 +51,10 @@ def command(
     if not text:
         raise UserError("the prompt is empty; give at least one character")
     from horovod_lm.decode import generate
-    from horovod_lm.restored import restore
+    from horovod_lm.restored import restore_to_generate
 
     with redirect_stdout(sys.stderr):  # the text alone belongs on stdout
-        restored = restore(run, backend, data=False)
+        restored = restore_to_generate(run, backend)
         tokenizer = restored.tokenizer
         begun, source = restored.prompt(text)
         out = generate(

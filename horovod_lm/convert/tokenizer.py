@@ -46,7 +46,7 @@ def export_tokenizer(text: bytes, spec: ModelSpec) -> Exported:
     special = tokenizer.special
     _check_positions(tokenizer, spec)
     names = {key: special[use] for key, use in _KEYS.items() if use in special}
-    padding = tokenizer.padding
+    padding = tokenizer.special.get("padding")
     if padding is None and spec.kind == "encoder-decoder":
         padding = names["pad_token"] = tokenizer.end  # batches of answers need one
     segments = ["token_type_ids"] if spec.segments > 1 else []

@@ -90,7 +90,11 @@ def test_its_tokenizer_gives_the_same_ids_there(name, tmp_path):
             assert getattr(theirs, f"{key}_token_id") == ours.special[use], key
     first, last, second = [], [], 1
     if {"classify", "separate"} <= ours.special.keys() and fields.get("kind") == "encoder":
-        first, last, second = [ours.classify], [ours.separate], fields["segments"] - 1
+        first, last, second = (
+            [ours.special["classify"]],
+            [ours.special["separate"]],
+            fields["segments"] - 1,
+        )
     elif fields.get("kind") == "encoder-decoder":
         last, second = [ours.end], 0
     for text in TRICKY:
@@ -169,15 +173,17 @@ def test_an_imported_model_begins_and_ends_a_text_as_there(tmp_path):
     ours = Tokenizer.train(TEXTS, 330, special=["begin"])
     ours.save(tmp_path / "tokenizer.json")
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    inner.post_processor = TemplateProcessing("<s> $A", None, [("<s>", ours.begin)])
+    inner.post_processor = TemplateProcessing("<s> $A", None, [("<s>", ours.special["begin"])])
     torch.manual_seed(3)
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     config = transformers.LlamaConfig(
         vocab_size=ours.vocabulary, num_attention_heads=2, max_position_embeddings=CONTEXT,
-        initializer_range=0.5, bos_token_id=ours.begin, eos_token_id=ours.end, **size,
+        initializer_range=0.5, bos_token_id=ours.special["begin"], eos_token_id=ours.end, **size,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    begun = {"input_ids": torch.tensor([[ours.begin, *ours.encode("The mill").tolist()]])}
+    begun = {
+        "input_ids": torch.tensor([[ours.special["begin"], *ours.encode("The mill").tolist()]])
+    }
     said = model.generate(**begun, do_sample=False, max_new_tokens=12)[0, -12:].tolist()
     model.generation_config.eos_token_id = [ours.end, said[4]]
     model.save_pretrained(tmp_path / "hf")
@@ -215,8 +221,8 @@ def test_masks_are_filled_as_in_training(name, tmp_path):
     mask = pipeline.tokenizer.mask_token
     ids = ours.encode("The river runs").tolist()
     place = ids.index(int(ours.encode("The river")[-1]))
-    ids[place] = ours.mask
-    begun = [ours.classify, *ids, ours.separate]
+    ids[place] = ours.special["mask"]
+    begun = [ours.special["classify"], *ids, ours.special["separate"]]
     found = pipeline.tokenizer(f"The {mask} runs")["input_ids"]
     assert found == begun
     restored = restore(tmp_path / "run", "tensorflow", data=False)

@@ -6,7 +6,7 @@ import pytest
 from horovod_lm.config import make_config, to_toml
 from horovod_lm.decode import generate
 from horovod_lm.errors import UserError
-from horovod_lm.restored import restore
+from horovod_lm.restored import restore_to_generate
 from tests.helpers import on_ranks
 from tests.numpy_backend import NumpyEngine
 
@@ -72,7 +72,7 @@ def test_an_encoder_alone_is_refused_before_any_work(tmp_path):
     config = make_config({"model": {"kind": "encoder"}}, "test")
     (tmp_path / "config.toml").write_text(to_toml(config))
     with pytest.raises(UserError, match='of kind "encoder", which has no decoder to generate'):
-        restore(tmp_path, None, data=False)
+        restore_to_generate(tmp_path, None)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
