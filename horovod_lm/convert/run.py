@@ -254,6 +254,8 @@ def own_tokenizer(run: Path, config: Config, log: Log) -> bytes | None:
 def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
     """The config of a run and the weights of its newest checkpoint."""
     if not (run / "config.toml").exists():
+        if (run / files.CONFIG).exists():
+            raise UserError(f"{run} is a model of transformers: --from hf")
         raise UserError(f"{run} is not the folder of a run: it has no config.toml")
     config = load_config(run / "config.toml")
     path = checkpoint.newest(run / "checkpoints")
