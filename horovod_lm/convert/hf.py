@@ -55,10 +55,10 @@ def read_model(
     without it; with `keep_extra` tensors that have no place are kept, else refused. `log` is told
     how far it is, where that takes long."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the one that holds config.json")
+        raise UserError(f"{folder} is not a folder; {_elsewhere(folder)}")
     text = files.read_bytes(folder, files.CONFIG)
     if text is None:
-        raise UserError(f"{folder} has no config.json; give the folder of a model")
+        raise UserError(f"{folder} has no config.json; {_inside(folder)}")
     config = files.parse_json(text, folder / files.CONFIG)
     family = family_of(config)
     companions = {files.CONFIG: text}
@@ -74,6 +74,25 @@ def read_model(
     _check_tokenizer(folder, companions.get(files.TOKENIZER), spec)
     headers = {name: file.header for name, file in weights.files.items()}
     return Model(family.name, spec, values, headers, extra, companions)
+
+
+def _elsewhere(name: Path) -> str:
+    """What to do about a path that is no folder."""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not name.exists():
+        return (
+            "a model is not fetched by its name on the hub: "
+            f"hf download {name} --local-dir {name.name}, and give that folder"
+        )
+    return "give the one that holds config.json"
+
+
+def _inside(folder: Path) -> str:
+    """What to do about a folder without a config."""
+    if (folder / "config.toml").exists():
+        return "it is a run: --from run"
+    if (folder / "snapshots").is_dir():
+        return "give one of the folders in its snapshots"
+    return "give the folder of a model"
 
 
 def family_of(config: Json) -> Family:

@@ -253,6 +253,8 @@ def own_tokenizer(run: Path, config: Config, log: Log) -> bytes | None:
 
 def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
     """The config of a run and the weights of its newest checkpoint."""
+    if not (run / "config.toml").exists() and (run / files.CONFIG).exists():
+        raise UserError(f"{run} is a model of transformers: --from hf")
     config = checkpoint.config_of_run(run)
     weights = checkpoint.load(checkpoint.newest_of_run(run, config)).engine.weights
     return config, {name: array.astype("f", copy=False) for name, array in weights.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -613,6 +614,28 @@ def test_a_header_that_lies(header, message, tmp_path):
     with pytest.raises(UserError, match=f"not a valid safetensors file: .*{message}") as error:
         tensors.read(path)
     assert str(error.value).isprintable()
+
+
+def test_a_place_that_holds_something_else_says_where_to_go(bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import_run(bert, tmp_path / "run")
+    (tmp_path / "cache" / "snapshots").mkdir(parents=True)
+    for source, message in (
+        ("bert-base-uncased", "is not a folder; a model is not fetched by its name on the hub: hf"),
+        (
+            "google/t5-small",
+            "hf download google/t5-small --local-dir t5-small, and give that folder",
+        ),
+        ("/nowhere/bert", "is not a folder; give the one that holds config.json"),
+        ("hf/config.json", "is not a folder; give the one that holds config.json"),
+        ("run", "run has no config.json; it is a run: --from run"),
+        ("cache", "give one of the folders in its snapshots"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            import_run(Path(source), tmp_path / "new")
+    with pytest.raises(UserError, match="hf is a model of transformers: --from hf"):
+        export_run(bert, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
