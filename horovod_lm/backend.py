@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -96,6 +96,15 @@ class Reduced:
     tensor: str | None = None
 
 
+class Sums(NamedTuple):
+    """What an evaluation knows of one loss: the sums of weights x nll in nats, of the weights, and
+    of the weights of those targets that have the largest logit (1/n of it where n are largest)."""
+
+    nll: float
+    weights: float
+    hits: float
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """What an engine needs beside the spec. `loss_names` are the names of the losses in every
@@ -176,9 +185,8 @@ class Engine(Protocol):
     def apply_gradients(self, learning_rate: float, clip: float | None) -> None:
         """One optimizer update with the reduced gradient, scaled by min(1, clip / norm)."""
 
-    def evaluate(self, micro: MicroBatch) -> dict[str, tuple[float, float]]:
-        """By loss name: (sum of weights x nll in nats, sum of weights) of this micro-batch, on
-        this rank, without dropout."""
+    def evaluate(self, micro: MicroBatch) -> dict[str, Sums]:
+        """By loss name, the sums of this micro-batch, on this rank, without dropout."""
 
     def logits(self, inputs: Mapping[str, np.ndarray], head: str = "lm") -> np.ndarray:
         """fp32 logits of a head without dropout: (B, L, outputs), or (B, outputs) of a head over

@@ -45,12 +45,7 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["kind"] == "evaluation" and row["loss"] is not None:
-            what = f"step {row['step']}: validation loss {row['loss']:.4f} nats"
-            if _parts(row):
-                self.say(what + _parts(row))
-            else:
-                perplexity = row["perplexity"] or float("inf")
-                self.say(f"{what} per token, perplexity {perplexity:.1f}")
+            self.say(f"step {row['step']}: validation loss {_evaluation(row)}")
         if row["kind"] != "step":
             return
         self._tokens += row["tokens"]
@@ -79,6 +74,22 @@ def _parts(row: dict[str, Any]) -> str:
         return ""
     shown = (f"{name} {float('nan') if x is None else x:.4f}" for name, x in losses.items())
     return f" ({', '.join(shown)})"
+
+
+def _evaluation(row: dict[str, Any]) -> str:
+    """The validation loss, or each of several, with what else is known of it."""
+    losses, more = row["losses"], []
+    for name, loss in losses.items():
+        figure = f"{float('nan') if loss is None else loss:.4f}"
+        parts = [f"{name} {figure}"]
+        if len(losses) == 1:
+            parts = [f"{figure} nats per {'token' if row['perplexities'] else 'sequence'}"]
+        if name in row["perplexities"]:
+            parts.append(f"perplexity {row['perplexities'][name] or float('inf'):.1f}")
+        if row["accuracies"][name] is not None:
+            parts.append(f"accuracy {100 * row['accuracies'][name]:.1f}%")
+        more.append(", ".join(parts))
+    return more[0] if len(more) == 1 else f"{row['loss']:.4f} nats ({'; '.join(more)})"
 
 
 def _skipped(row: dict[str, Any]) -> str:

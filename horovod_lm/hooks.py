@@ -13,10 +13,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from horovod_lm.backend import Engine, MicroBatch, Reduced
+from horovod_lm.backend import Engine, MicroBatch, Reduced, Sums
 from horovod_lm.checkpoint import RunState, save
 from horovod_lm.drift import compare_replicas
 from horovod_lm.loop import Run, overflow_of
+from horovod_lm.objectives import LossKind
 from horovod_lm.sketch import sketch
 
 
@@ -71,13 +72,13 @@ class Metrics:
         assert batch is not None
         self.loss = total_loss(reduced.losses, batch.factors)
         parts = run.clock.parts
+        # A loss without a target, as of whole words of which none fits, is 0 and means nothing.
+        losses = {n: x if batch.sums.get(n, 1) else math.nan for n, x in reduced.losses.items()}
         row = {
             "kind": "step",
             "step": run.step,
             "updates": run.updates,
-            "loss": _plain(self.loss),
-            "losses": {name: _plain(loss) for name, loss in reduced.losses.items()},
-            "norm": _plain(reduced.norm),
+            **plain({"loss": self.loss, "losses": losses, "norm": reduced.norm}),
             "learning_rate": run.learning_rate,
             "loss_scale": run.loss_scale if run.config.train.precision == "fp16" else None,
             "skipped": run.scaler.skipped,
@@ -95,23 +96,19 @@ class Metrics:
             sink(row)
 
 
-def _plain(value: float) -> float | None:
-    """JSON has no inf and nan."""
-    return value if math.isfinite(value) else None
-
-
 class Evaluation:
-    """Validation loss, with the windows dealt over all ranks. A row goes to each sink."""
+    """Validation losses and accuracies, with the windows dealt over all ranks. A row goes to each
+    sink."""
 
     def __init__(
         self,
         every: int,
         batches: Callable[[], Iterator[MicroBatch]],
-        names: Sequence[str],
+        kinds: Sequence[LossKind],
         sinks: list[Callable[[dict[str, Any]], None]],
     ) -> None:
         self.every = every
-        self._batches, self._names, self._sinks = batches, names, sinks
+        self._batches, self._kinds, self._sinks = batches, kinds, sinks
         self.loss: float | None = None
 
     def __call__(self, run: Run, reduced: Reduced) -> None:
@@ -119,19 +116,16 @@ class Evaluation:
             return
         with run.clock.pause():
             begin = time.perf_counter()
-            local = np.zeros((len(self._names), 2))
+            local = no_sums(self._kinds)
             with run.guard():
-                local = local_evaluation(run.engine, self._batches(), self._names)
+                local = local_evaluation(run.engine, self._batches(), self._kinds)
             sums = run.communicator.allreduce(local)
-            losses = means(self._names, sums)
-            self.loss = total_loss(losses, run.batch.factors if run.batch else {})
+            found = evaluated(self._kinds, sums, run.batch.factors if run.batch else {})
+            self.loss = found["loss"]
             row = {
                 "kind": "evaluation",
                 "step": run.step,
-                "loss": _plain(self.loss),
-                "losses": {name: _plain(loss) for name, loss in losses.items()},
-                "perplexity": _plain(perplexity(self.loss)) if len(losses) == 1 else None,
-                "tokens": int(sums[:, 1].sum()),
+                **plain(found),
                 "seconds": round(time.perf_counter() - begin, 3),
                 "time": time.time(),
             }
@@ -139,24 +133,53 @@ class Evaluation:
                 sink(row)
 
 
+def no_sums(kinds: Sequence[LossKind]) -> np.ndarray:
+    """What `local_evaluation` gives where there is nothing to evaluate."""
+    return np.zeros((len(kinds), len(Sums._fields)))
+
+
 def local_evaluation(
-    engine: Engine, batches: Iterator[MicroBatch], names: Sequence[str]
+    engine: Engine, batches: Iterator[MicroBatch], kinds: Sequence[LossKind]
 ) -> np.ndarray:
-    """(sum of weights x nll in nats, sum of weights) of each loss of `names` over `batches` on this
-    rank, (losses, 2) fp64."""
-    total = np.zeros((len(names), 2))
+    """The `Sums` of each loss of `kinds` over `batches` on this rank, (losses, 3) fp64."""
+    total = no_sums(kinds)
     for micro in batches:
         found = engine.evaluate(micro)
-        total += [found[name] for name in names]
+        total += [found[kind.name] for kind in kinds]
     return total
 
 
-def means(names: Sequence[str], sums: np.ndarray) -> dict[str, float]:
-    """Mean nll by loss name, of the `sums` (losses, 2) of `local_evaluation` over all ranks."""
+def evaluated(
+    kinds: Sequence[LossKind], sums: np.ndarray, factors: Mapping[str, float]
+) -> dict[str, Any]:
+    """What is said of an evaluation, of the sums (losses, 3) over all ranks: the mean nll of each
+    of the `losses`, and in sum with their `factors`; `accuracies`; `perplexities` of those over
+    tokens, and `perplexity` of one that is alone; `targets` of each, and in sum as `tokens`.
+    What had no target is nan."""
+    losses, accuracies = (
+        {
+            kind.name: float(row[what] / row[1]) if row[1] else math.nan
+            for kind, row in zip(kinds, sums, strict=True)
+        }
+        for what in (0, 2)
+    )
+    perplexities = {k.name: perplexity(losses[k.name]) for k in kinds if k.over == "token"}
     return {
-        name: float(total / count) if count else math.nan
-        for name, (total, count) in zip(names, sums, strict=True)
+        "loss": total_loss(losses, factors),
+        "losses": losses,
+        "accuracies": accuracies,
+        "perplexities": perplexities,
+        "perplexity": perplexities.get(kinds[0].name) if len(kinds) == 1 else None,
+        "targets": {kind.name: int(row[1]) for kind, row in zip(kinds, sums, strict=True)},
+        "tokens": int(sums[:, 1].sum()),
     }
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it, without inf and nan: null."""
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def total_loss(losses: Mapping[str, float], factors: Mapping[str, float]) -> float:
@@ -166,7 +189,7 @@ def total_loss(losses: Mapping[str, float], factors: Mapping[str, float]) -> flo
 
 def perplexity(loss: float) -> float:
     """exp(loss), inf where that is too large."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 class WeightSketches:

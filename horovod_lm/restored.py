@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed
 from horovod_lm.backend import Communicator, Engine, EngineState, load_backend
@@ -18,8 +16,8 @@ from horovod_lm.convert.run import read_imported
 from horovod_lm.data.prepare import Prepared, prepare
 from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.errors import UserError
-from horovod_lm.hooks import local_evaluation, means, perplexity, total_loss
-from horovod_lm.objectives.registry import factors, loss_names
+from horovod_lm.hooks import evaluated, local_evaluation, no_sums
+from horovod_lm.objectives.registry import factors, loss_kinds
 from horovod_lm.run_folder import IMPORTED
 from horovod_lm.train import make_engine, rank_validation, split_feeds
 
@@ -74,24 +72,19 @@ def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
 
 
 def evaluate(restored: Restored) -> dict[str, Any]:
-    """Collective: validation loss in nats per target, by name and in sum with the weights of the
-    step, perplexity, targets, step."""
+    """Collective: what `hooks.evaluated` says of the validation documents, in sum with the weights
+    of the step; the step, and the unigram entropy."""
     config, communicator, prepared = restored.config, restored.communicator, restored.prepared
     assert prepared is not None
-    names = loss_names(config)
-    local = np.zeros((len(names), 2))
+    kinds = loss_kinds(config)
+    local = no_sums(kinds)
     with agreed(communicator):
         feeds = split_feeds(config, prepared, "validation")
         batches = rank_validation(config, feeds, communicator)
-        local = local_evaluation(restored.engine, batches, names)
+        local = local_evaluation(restored.engine, batches, kinds)
     sums = communicator.allreduce(local)
-    losses = means(names, sums)
-    loss = total_loss(losses, factors(config, max(0, restored.step - 1)))
     return {
         "step": restored.step,
-        "loss": loss,
-        "losses": losses,
-        "perplexity": perplexity(loss) if len(names) == 1 else None,
-        "tokens": int(sums[:, 1].sum()),
+        **evaluated(kinds, sums, factors(config, max(0, restored.step - 1))),
         "unigram_entropy": prepared.unigram_entropy,
     }

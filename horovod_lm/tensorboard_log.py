@@ -37,6 +37,8 @@ class TensorBoardLog:
         if row["kind"] == "evaluation":
             values = {"validation/loss": row["loss"], "validation/perplexity": row["perplexity"]}
             values |= _by_name("validation", row)
+            values |= _by_name("validation", row, "accuracy", "accuracies")
+            values |= _by_name("validation", row, "perplexity", "perplexities")
         else:
             values = {tag: row[key] for key, tag in _STEP_TAGS.items()}
             values |= _by_name("train", row)
@@ -61,7 +63,11 @@ class TensorBoardLog:
         self._file.flush()
 
 
-def _by_name(part: str, row: dict[str, Any]) -> dict[str, float | None]:
-    """Each loss, where there are several."""
-    losses = row.get("losses") or {}
-    return {f"{part}/loss/{name}": loss for name, loss in losses.items() if len(losses) > 1}
+def _by_name(
+    part: str, row: dict[str, Any], what: str = "loss", key: str = "losses"
+) -> dict[str, float | None]:
+    """A figure of each loss, where there are several; of one alone, what is not there already."""
+    found, alone = row.get(key) or {}, len(row.get("losses") or {}) == 1
+    if not alone:
+        return {f"{part}/{what}/{name}": value for name, value in found.items()}
+    return {f"{part}/{what}": value for value in found.values() if what == "accuracy"}

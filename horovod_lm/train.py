@@ -52,6 +52,7 @@ from horovod_lm.objectives.registry import (
     Split,
     check_kind,
     factors,
+    loss_kinds,
     loss_names,
     make_feeds,
     prompt_begin,
@@ -275,7 +276,7 @@ class Training:
         evaluation = Evaluation(
             config.evaluation.every,
             partial(rank_validation, config, self.feeds["validation"], self.communicator),
-            loss_names(config),
+            loss_kinds(config),
             sinks,
         )
         extra = {"data_digest": self.prepared.manifest["digest"]}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from horovod_lm.backend import OVERFLOW, EngineState, Reduced
+from horovod_lm.backend import OVERFLOW, EngineState, Reduced, Sums
 
 TABLE = "embeddings.tokens"
 
@@ -87,8 +87,13 @@ class NumpyEngine:
     def evaluate(self, micro):
         found = {}
         for loss in micro.losses:
-            nll, _ = self._nll(self._seen(micro, loss), loss)
-            found[loss.name] = (float((loss.weights * nll).sum()), float(loss.weights.sum()))
+            nll, shares = self._nll(self._seen(micro, loss), loss)
+            largest = shares == shares.max(-1, keepdims=True)
+            picked = np.take_along_axis(largest, loss.targets[..., None], -1)[..., 0]
+            hits = loss.weights * picked / largest.sum(-1)
+            found[loss.name] = Sums(
+                float((loss.weights * nll).sum()), float(loss.weights.sum()), float(hits.sum())
+            )
         return found
 
     def logits(self, inputs, head="lm"):

@@ -16,6 +16,7 @@ from horovod_lm.backend import (
     EngineState,
     MicroBatch,
     Reduced,
+    Sums,
 )
 from horovod_lm.errors import UserError
 from horovod_lm.randomness import dropout_words, native_seed
@@ -105,13 +106,13 @@ class Engine:
         self.updates += 1
         self.optimizer.step(learning_rate, self.updates)
 
-    def evaluate(self, micro: MicroBatch) -> dict[str, tuple[float, float]]:
-        """By loss name: (weighted sum of nll, sum of weights) on this rank, without dropout."""
+    def evaluate(self, micro: MicroBatch) -> dict[str, Sums]:
+        """By loss name, the sums on this rank, without dropout."""
         losses = [self._loss_arrays(loss, 0.0) for loss in micro.losses]
-        sums = self._nll_sums(_tensors(micro.inputs), losses, _kinds(micro)).numpy()
+        sums = self._sums(_tensors(micro.inputs), losses, _kinds(micro)).numpy().tolist()
         return {
-            loss.name: (float(nll_sum), float(loss.weights.sum()))
-            for loss, nll_sum in zip(micro.losses, sums, strict=True)
+            loss.name: Sums(nll_sum, float(loss.weights.sum()), hits)
+            for loss, nll_sum, hits in zip(micro.losses, *sums, strict=True)
         }
 
     def logits(self, inputs: Mapping[str, np.ndarray], head: str = "lm") -> np.ndarray:
@@ -127,7 +128,7 @@ class Engine:
         losses = [self._loss_arrays(loss, loss.factor / loss.normaliser) for loss in micro.losses]
         with tracing(_as_array) as sites:
             hidden = self.model(_tensors(micro.inputs), self._noise(micro, step))
-            scaled, _ = self._losses(hidden, losses, _kinds(micro))
+            scaled, *_ = self._losses(hidden, losses, _kinds(micro))
             record("loss", tf.add_n(scaled)[None])
         sites["loss"] = sites["loss"].reshape(())
         heads = [loss.head for loss in micro.losses]
@@ -204,8 +205,8 @@ class Engine:
         positions = None if loss.positions is None else tf.constant(loss.positions)
         return *map(tf.constant, arrays), positions
 
-    def _losses(self, hidden, losses, kinds) -> tuple[list, list]:
-        """The scaled losses and the sums of nll."""
+    def _losses(self, hidden, losses, kinds) -> tuple[list, list, list]:
+        """The scaled losses, the sums of nll, and the hits."""
         results = []
         for (head, smoothing, z_loss), (*arrays, positions) in zip(kinds, losses, strict=True):
             features = self.model.features(hidden, head, positions)
@@ -221,15 +222,15 @@ class Engine:
                     _logits_site(head),
                 )
             )
-        scaled, nll_sums = zip(*results, strict=True)
-        return list(scaled), list(nll_sums)
+        scaled, nll_sums, hits = zip(*results, strict=True)
+        return list(scaled), list(nll_sums), list(hits)
 
     def _buffer(self, inputs, noise, losses, normalisers, kinds) -> tf.Tensor:
         """The flat buffer (P + tail,) of one micro-batch, statuses 0."""
         values = self.weights.values
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            scaled, nll_sums = self._losses(self.model(inputs, noise), losses, kinds)
+            scaled, nll_sums, _ = self._losses(self.model(inputs, noise), losses, kinds)
             total = tf.add_n(scaled)
         # A head that no loss of this micro-batch has gets zeros.
         zero = tf.UnconnectedGradients.ZERO
@@ -238,8 +239,8 @@ class Engine:
         return tf.concat([*(tf.reshape(g, [-1]) for g in gradients), *tail], 0)
 
     @tf.function(autograph=False)
-    def _nll_sums(self, inputs, losses, kinds) -> tf.Tensor:
-        return tf.stack(self._losses(self.model(inputs), losses, kinds)[1])
+    def _sums(self, inputs, losses, kinds) -> tf.Tensor:
+        return tf.stack(self._losses(self.model(inputs), losses, kinds)[1:])
 
     @tf.function(autograph=False)
     def _logits(self, inputs, head) -> tf.Tensor:

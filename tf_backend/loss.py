@@ -12,7 +12,7 @@ ROWS = 512  # measured best on CPUs: a chunk's logits stay in the cache
 
 
 def _chunk(hidden, kernel, bias, targets, weights, coefficients, smoothing, z_loss, half, site):
-    """Both sums of one chunk of rows, its dh, its share of dW^T and that of db."""
+    """The sums of one chunk of rows, its dh, its share of dW^T and that of db."""
     hidden, kernel = operand(hidden, half), operand(kernel, half)
     z = full(multiply(hidden, kernel, half))
     if bias is not None:
@@ -22,6 +22,8 @@ def _chunk(hidden, kernel, bias, targets, weights, coefficients, smoothing, z_lo
     z -= largest
     cells = tf.stack([tf.range(targets.shape[0]), targets], 1)
     picked = tf.gather_nd(z, cells)
+    largest_ones = tf.reduce_sum(tf.cast(tf.equal(z, 0), z.dtype), -1)
+    hits = weights * tf.cast(tf.equal(picked, 0), z.dtype) / largest_ones
     exponentials = tf.exp(z)
     total = tf.reduce_sum(exponentials, -1)
     logarithm = tf.math.log(total)
@@ -35,6 +37,7 @@ def _chunk(hidden, kernel, bias, targets, weights, coefficients, smoothing, z_lo
         losses += z_loss * tf.square(logarithm)
         scaled = (1 + 2 * z_loss * logarithm) * coefficients
     sums = tf.stack([tf.reduce_sum(weights * nll), tf.reduce_sum(coefficients * losses)])
+    hits = tf.reduce_sum(hits)
     d_z = exponentials * (scaled / total)[:, None]
     if smoothing:
         d_z -= (smoothing / z.shape[1] * coefficients)[:, None]
@@ -43,7 +46,7 @@ def _chunk(hidden, kernel, bias, targets, weights, coefficients, smoothing, z_lo
     d_z = operand(d_z, half)
     d_hidden = multiply(d_z, tf.transpose(kernel), half)
     d_kernel = multiply(tf.transpose(d_z), hidden, half)
-    return sums, full(d_hidden), full(d_kernel), d_bias
+    return sums, hits, full(d_hidden), full(d_kernel), d_bias
 
 
 @scope("loss")
@@ -58,11 +61,11 @@ def head_loss(
     z_loss: float,
     half: tf.DType | None,
     site: str,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Two sums over the rows: of their losses times `coefficients` (the differentiable one), and
-    of their negative log-likelihood in nats times `weights`. `targets` are int32; the logits are
-    recorded as `site`. To be called in a `tf.function`, which leaves the gradients out where nobody
-    asks for them.
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Three sums over the rows: of their losses times `coefficients` (the differentiable one), of
+    their negative log-likelihood in nats times `weights`, and the hits of
+    `horovod_lm.backend.Sums`. `targets` are int32; the logits are recorded as `site`. To be called
+    in a `tf.function`, which leaves out the gradients, or the hits, where nobody asks for them.
 
     With z = h W + b, p = softmax(z), s = logsumexp(z), e `smoothing`, a `z_loss` and c the rows'
     coefficients: L = sum c ((1 - e) (s - z_y) + e (s - mean(z)) + a s^2),
@@ -75,12 +78,13 @@ def head_loss(
     @tf.custom_gradient
     def forward(hidden, kernel, *bias):
         sums, d_hidden, d_table, d_bias = tf.zeros(2, weights_N.dtype), [], 0.0, 0.0
+        hits = tf.zeros((), weights_N.dtype)
         for start in range(0, hidden.shape[0], ROWS):
             part = slice(start, start + ROWS)
             # One chunk after the other: side by side their logits would not fit the cache.
             with tf.control_dependencies([sums]):
                 rows = tf.identity(hidden[part])
-            chunk, d_rows, d_part, d_share = _chunk(
+            chunk, some, d_rows, d_part, d_share = _chunk(
                 rows,
                 kernel,
                 bias[0] if bias else None,
@@ -90,18 +94,19 @@ def head_loss(
                 *settings,
             )
             sums += chunk
+            hits += some
             d_hidden.append(d_rows)
             d_table += d_part
             if bias:
                 d_bias += d_share
 
         @scope("loss")
-        def backward(gradient, _):
+        def backward(gradient, *_):
             # dW is made transposed, as a tied kernel lies in memory; transposing twice is free.
             d_kernel = tf.transpose(d_table * gradient)
             rest = [d_bias * gradient] if bias else []
             return tf.concat(d_hidden, 0) * gradient, d_kernel, *rest
 
-        return (sums[1], sums[0]), backward
+        return (sums[1], sums[0], hits), backward
 
     return forward(hidden_ND, kernel_DV, *([] if bias_V is None else [bias_V]))

@@ -16,6 +16,7 @@ from horovod_lm.backend import (
     EngineState,
     MicroBatch,
     Reduced,
+    Sums,
 )
 from horovod_lm.errors import UserError
 from horovod_lm.randomness import dropout_words, native_seed
@@ -59,7 +60,8 @@ class Engine:
         hidden = self.model(self._inputs(micro.inputs), self._noise(micro, step))
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for index, loss in enumerate(micro.losses):
-            scaled, nll_sum = self._loss(hidden, loss, loss_scale * loss.factor / loss.normaliser)
+            coefficient = loss_scale * loss.factor / loss.normaliser
+            scaled, nll_sum, _ = self._loss(hidden, loss, coefficient)
             total = total + scaled
             self.weights.tail[index] += nll_sum / loss.normaliser
         total.backward()
@@ -98,13 +100,14 @@ class Engine:
         self.optimizer.step(learning_rate, self.updates)
 
     @torch.no_grad()
-    def evaluate(self, micro: MicroBatch) -> dict[str, tuple[float, float]]:
-        """By loss name: (weighted sum of nll, sum of weights) on this rank, without dropout."""
+    def evaluate(self, micro: MicroBatch) -> dict[str, Sums]:
+        """By loss name, the sums on this rank, without dropout."""
         hidden = self.model(self._inputs(micro.inputs))
-        return {
-            loss.name: (self._loss(hidden, loss, 0.0)[1].item(), float(loss.weights.sum()))
-            for loss in micro.losses
-        }
+        found = {}
+        for loss in micro.losses:
+            _, nll_sum, hits = self._loss(hidden, loss, 0.0)
+            found[loss.name] = Sums(nll_sum.item(), float(loss.weights.sum()), hits.item())
+        return found
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, np.ndarray], head: str = "lm") -> np.ndarray:
@@ -202,7 +205,7 @@ class Engine:
             noise[name] = Words(*(None if a is None else self._tensor(a) for a in arrays))
         return noise
 
-    def _loss(self, hidden, loss, coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, hidden, loss, coefficient: float) -> tuple[torch.Tensor, ...]:
         positions = None if loss.positions is None else self._tensor(loss.positions)
         features = self.model.features(hidden, loss.head, positions)
         weights = self._tensor(loss.weights.reshape(-1)).to(self.dtype)

@@ -33,7 +33,7 @@ class _HeadLoss(torch.autograd.Function):
         site,
         need,
     ):
-        sums = torch.zeros(2, dtype=weights.dtype, device=hidden.device)
+        sums = torch.zeros(3, dtype=weights.dtype, device=hidden.device)
         hidden, kernel = operand(hidden, half), operand(kernel, half)
         d_hidden = torch.empty_like(hidden, dtype=weights.dtype) if need else None
         d_kernel = torch.zeros_like(kernel, dtype=weights.dtype) if need else None
@@ -50,6 +50,8 @@ class _HeadLoss(torch.autograd.Function):
             largest = z.amax(-1, keepdim=True)
             z -= largest
             picked = z.gather(-1, targets[rows, None])[:, 0]
+            if not need:  # a pass over the logits that only evaluation asks for
+                sums[2] += (weights[rows] * (picked == 0) / (z == 0).sum(-1)).sum()
             mean = z.mean(-1) if smoothing else None
             total = z.exp_().sum(-1)
             log = total.log()
@@ -79,11 +81,11 @@ class _HeadLoss(torch.autograd.Function):
                 else:
                     d_table.add_(cast(left @ right, half))
         ctx.gradients = d_hidden, d_kernel, d_bias
-        ctx.mark_non_differentiable(nll_sum := sums[0].clone())
-        return sums[1].clone(), nll_sum
+        ctx.mark_non_differentiable(nll_sum := sums[0].clone(), hits := sums[2].clone())
+        return sums[1].clone(), nll_sum, hits
 
     @staticmethod
-    def backward(ctx, gradient, _):
+    def backward(ctx, gradient, *_):
         # In place: they are this function's own, and nobody asks for them twice.
         return *(x if x is None else x.mul_(gradient) for x in ctx.gradients), *[None] * 8
 
@@ -100,10 +102,11 @@ def head_loss(
     z_loss: float,
     half: torch.dtype | None,
     site: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sums over the rows: of the loss of `horovod_lm.backend.Loss` times `coefficients` (the
-    differentiable one), and of the negative log-likelihood in nats times `weights`. `targets` are
-    int64; `site` is the logits' name in records."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three sums over the rows: of the loss of `horovod_lm.backend.Loss` times `coefficients` (the
+    differentiable one), of the negative log-likelihood in nats times `weights`, and the hits of
+    `horovod_lm.backend.Sums`, which stay 0 where gradients are wanted. `targets` are int64; `site`
+    is the logits' name in records."""
     return _HeadLoss.apply(
         hidden_ND,
         kernel_DV,

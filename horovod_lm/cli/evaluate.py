@@ -1,8 +1,9 @@
 """`horovod-lm evaluate`."""
 
-import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ Examples:
 @backend_option
 @json_option
 def command(run: Path, backend: str | None, as_json: bool) -> None:
-    """Measure validation loss and perplexity of a RUN.
+    """Measure validation losses and accuracies of a RUN.
 
     Takes the newest valid checkpoint; either framework reads what the other wrote.
     """
@@ -36,22 +37,29 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
     if as_json:
         import json
 
-        # JSON has no infinity, which a perplexity can be.
-        result["losses"] = {k: _plain(v) for k, v in result["losses"].items()}
-        finite = {k: v if k == "losses" else _plain(v) for k, v in result.items()}
-        click.echo(json.dumps(finite))
-    elif len(result["losses"]) > 1:
-        parts = ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items())
-        click.echo(
-            f"step {result['step']}: validation loss {result['loss']:.4f} nats ({parts}), over "
-            f"{result['tokens']:,} targets"
-        )
-    else:
-        click.echo(
-            f"step {result['step']}: validation loss {result['loss']:.4f} nats per token, "
-            f"perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
-        )
+        from horovod_lm.hooks import plain
+
+        click.echo(json.dumps(plain(result)))
+        return
+    for line in lines(result):
+        click.echo(line)
 
 
-def _plain(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """What is printed of `restored.evaluate`."""
+    first = f"step {result['step']}: validation loss"
+    names = list(result["losses"])
+    if len(names) == 1:
+        return [f"{first} {_figures(result, names[0])}"]
+    return [f"{first} {result['loss']:.4f} nats", *(f"  {n}: {_figures(result, n)}" for n in names)]
+
+
+def _figures(result: Mapping[str, Any], name: str) -> str:
+    """What is said of one loss."""
+    perplexity = result["perplexities"].get(name)
+    of = "sequence" if perplexity is None else "token"
+    parts = [f"{result['losses'][name]:.4f} nats per {of}"]
+    if perplexity is not None:
+        parts.append(f"perplexity {perplexity:.2f}")
+    parts.append(f"accuracy {100 * result['accuracies'][name]:.1f}%")
+    return ", ".join([*parts, f"over {result['targets'][name]:,} {of}s"])

@@ -63,8 +63,8 @@ def command(
         ids, source = tokenizer.encode(text, special=True), None
         if config.model.kind == "encoder-decoder":
             source = np.append(ids, np.int32(tokenizer.end))[None]
-            begin = decoder_start(tokenizer) if restored.start is None else restored.start
-            ids = np.array([begin], np.int32)
+            start = decoder_start(tokenizer) if restored.start is None else restored.start
+            ids = np.array([start], np.int32)
         elif (begin := prompt_begin(config, tokenizer)) is not None:
             ids = np.append(np.int32(begin), ids)
         out = generate(

@@ -24,8 +24,9 @@ class RankBatch:
     """One rank's micro-batches of a global batch.
 
     Of the whole global batch: `targets` is the number of target tokens (the weight sum over the
-    language model's head; of other heads' where there is none), `real` and `computed` are its
-    tokens without and with padding. `factors` are the losses' weights at this step.
+    language model's head; of other heads' where there is none), `sums` the weight sum of each
+    loss, `real` and `computed` are its tokens without and with padding. `factors` are the losses'
+    weights at this step.
     """
 
     micros: list[MicroBatch]
@@ -33,6 +34,7 @@ class RankBatch:
     real: int = 0
     computed: int = 0
     factors: Mapping[str, float] = field(default_factory=dict)
+    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 def share(count: int, rank: int, ranks: int) -> range:
@@ -102,6 +104,7 @@ class Batches:
             sum(part.real() for part in parts),
             sum(part.computed() for part in parts),
             factors,
+            sums,
         )
 
     def _micro_rows(self, part: Part) -> int | None:

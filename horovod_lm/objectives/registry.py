@@ -36,7 +36,12 @@ def tables(config: Config) -> tuple[Objective, ...]:
 
 def loss_names(config: Config) -> tuple[str, ...]:
     """The names of the losses, in the order in which every micro-batch has them."""
-    return tuple(kind.name for table in _owners(config) for kind in _kinds(config, table))
+    return tuple(kind.name for kind in loss_kinds(config))
+
+
+def loss_kinds(config: Config) -> tuple[LossKind, ...]:
+    """The losses in the order of `loss_names`."""
+    return tuple(kind for table in _owners(config) for kind in _kinds(config, table))
 
 
 def factors(config: Config, step: int) -> dict[str, float]:

@@ -105,6 +105,11 @@ class Reference:
         total.backward()
         return float(total.value)
 
+    def hits(self, inputs: Mapping[str, np.ndarray], loss: Loss) -> float:
+        """The weights of the targets whose logits are the largest, without dropout."""
+        z = self._head(self._states(inputs, {}), loss.head, loss.positions).value
+        return float(loss.weights[z.argmax(-1) == loss.targets].sum())
+
     @property
     def gradients(self) -> dict[str, np.ndarray]:
         return {

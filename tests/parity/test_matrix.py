@@ -116,9 +116,12 @@ class Comparison:
             self.compare("hidden", {name: s[stack] for name, s in hidden.items()}, array)
         sums = [engine.evaluate(self.micro) for engine in self.engines.values()]
         for loss in self.micro.losses:
-            (one, count), (two, same) = (found[loss.name] for found in sums)
-            assert count == same == pytest.approx(float(loss.weights.sum()))
-            assert one == pytest.approx(two, rel=self.near)
+            one, two = (found[loss.name] for found in sums)
+            assert one.weights == two.weights == pytest.approx(float(loss.weights.sum()))
+            assert one.nll == pytest.approx(two.nll, rel=self.near)
+            if self.exact:
+                exact = self.reference.hits(inputs, loss)
+                assert one.hits == two.hits == pytest.approx(exact, abs=1e-6), loss.name
 
     def check_gradients(self) -> None:
         micro, spec = self.micro, self.spec
@@ -170,7 +173,9 @@ class Comparison:
         inputs = {name: array for name, array in self.micro.inputs.items() if name in kept}
         prompt = {name: inputs[name][:, :4] for name in ("tokens", "prefix") if name in inputs}
         if "prefix" in inputs:
-            inputs["prefix"] = np.pad(prompt["prefix"], ((0, 0), (0, inputs["tokens"].shape[1] - 4)))
+            inputs["prefix"] = np.pad(
+                prompt["prefix"], ((0, 0), (0, inputs["tokens"].shape[1] - 4))
+            )
         tokens = inputs["tokens"]
         whole = self.reference.logits(inputs)
         for name, engine in self.engines.items():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from horovod_lm import checkpoint
-from horovod_lm.backend import EngineState
+from horovod_lm.backend import EngineState, Reduced
 from horovod_lm.config import make_config
-from horovod_lm.data.batches import validation_batches
+from horovod_lm.data.batches import RankBatch, validation_batches
 from horovod_lm.errors import RunFailed
 from horovod_lm.hooks import (
     Checkpoint,
@@ -21,6 +21,7 @@ from horovod_lm.hooks import (
     WeightSketches,
 )
 from horovod_lm.loop import train_steps
+from horovod_lm.objectives import LossKind
 from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.sketch import distance, sketch
 from tests.helpers import on_ranks
@@ -117,7 +118,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(ranks):
 
     def hooks(run):
         sinks = [rows.append] if run.communicator.rank == 0 else []
-        evaluation = Evaluation(5, partial(validation, run.communicator), ["lm"], sinks)
+        evaluation = Evaluation(5, partial(validation, run.communicator), [LossKind("lm")], sinks)
         run.evaluation = evaluation
         return [evaluation]
 
@@ -130,6 +131,9 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(ranks):
     logits = table[tokens[:-1]]
     nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(100), tokens[1:]]
     assert rows[-1]["loss"] == pytest.approx(nll.mean(), rel=1e-9)
+    right = logits.argmax(-1) == tokens[1:]
+    assert 0 < right.sum() < 100
+    assert rows[-1]["accuracies"] == {"lm": pytest.approx(right.mean(), rel=1e-9)}
     assert {run.evaluation.loss for run in runs} == {rows[-1]["loss"]}
 
 
@@ -140,7 +144,7 @@ def test_an_evaluation_that_fails_on_one_rank_ends_all():
                 raise OSError(5, "Input/output error", "validation")
             return validation(run.communicator)
 
-        return [Evaluation(4, batches, ["lm"], [])]
+        return [Evaluation(4, batches, [LossKind("lm")], [])]
 
     errors = trained(hooks, ranks=2)
     assert [str(error) for error in errors] == ["rank 1: validation: input/output error"] * 2
@@ -150,7 +154,7 @@ def test_a_stopped_run_saves_and_does_not_evaluate(tmp_path):
     def hooks(run):
         run.signal = 1
         run.hooks = [
-            Evaluation(1, partial(validation, run.communicator), ["lm"], []),
+            Evaluation(1, partial(validation, run.communicator), [LossKind("lm")], []),
             Checkpoint(0, tmp_path, {}, start=0),
         ]
         return run.hooks
@@ -258,3 +262,14 @@ def test_comparing_replicas_takes_one_small_allgather(tmp_path):
 
     sizes, _ = on_ranks(2, work)
     assert sizes == [32, 0]  # the second is the loop's own, that no rank has an error
+
+
+def test_a_loss_without_a_target_is_null():
+    rows = []
+    runs = trained(lambda run: [Metrics([rows.append])], steps=1)
+    run = runs[0]
+    run.batch = RankBatch([], 3, factors={"lm": 1.0, "other": 1.0}, sums={"lm": 3.0, "other": 0.0})
+    reduced = Reduced({"lm": 2.0, "other": 0.0}, True, 1.0, np.zeros(1, dtype=np.int64))
+    Metrics([rows.append])(run, reduced)
+    assert rows[-1]["losses"] == {"lm": 2.0, "other": None}
+    assert rows[-1]["loss"] == 2.0
