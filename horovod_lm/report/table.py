@@ -72,6 +72,7 @@ def _loss_lines(comparison: Comparison) -> list[Line]:
         Line("validation loss, nats per token", validation, _differences(validation), 4),
         *_named_lines(comparison, lambda run: run.evaluations),
         Line("  share of the unigram entropy", shares, (), 3),
+        *_accuracy_lines(comparison),
     ]
     if len(comparison.seeds) > 1:
         lines += _seeds_lines(comparison)
@@ -88,6 +89,20 @@ def _named_lines(comparison: Comparison, rows: Callable[[Run], list[Row]]) -> li
     for name in names:
         values = tuple(losses.get(name) for losses in last)
         lines.append(Line(f"  {name}", values, _differences(values), 4))
+    return lines
+
+
+def _accuracy_lines(comparison: Comparison) -> list[Line]:
+    """The share of targets that the last evaluation had first, of each of several losses or of one
+    over sequences: of tokens alone the loss says more."""
+    last = [(run.evaluations or [{}])[-1] for run in comparison.runs]
+    names = dict.fromkeys(name for row in last for name in row.get("accuracies") or {})
+    if len(names) < 2 and any(row.get("perplexities") for row in last):
+        return []
+    lines = []
+    for name in names:
+        values = tuple((row.get("accuracies") or {}).get(name) for row in last)
+        lines.append(Line(f"  accuracy of {name}", values, _differences(values), 3))
     return lines
 
 

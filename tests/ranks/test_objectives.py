@@ -173,7 +173,13 @@ def test_frameworks_and_numbers_of_ranks_follow_the_same_curves(training, done):
         for key in ("tokens", "efficiency"):
             alone = [row[key] for row in rows(done("torch", 1) / training)]
             assert [row[key] for row in rows(run)] == alone, key
-        assert np.isfinite(rows(run, "evaluation")[-1]["loss"])
+        ends = [rows(one, "evaluation")[-1] for one in (run, done("torch", 1) / training)]
+        assert np.isfinite(ends[0]["loss"])
+        for name, hits in ends[0]["accuracies"].items():
+            # One target may fall to the other side where two logits are next to equal.
+            assert hits == pytest.approx(
+                ends[1]["accuracies"][name], abs=1.01 / ends[1]["targets"][name]
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,6 +206,9 @@ def test_a_run_is_evaluated_as_it_was_in_training(training, config, done):
         found = command(config, "evaluate", run, "--backend", backend)
         assert found["loss"] == pytest.approx(recorded["loss"], abs=1e-5)
         assert found["losses"] == pytest.approx(recorded["losses"], abs=1e-5)
+        for key in ("accuracies", "targets", "perplexities"):
+            assert found[key] == pytest.approx(recorded[key], rel=1e-4), key
+        assert list(found["accuracies"]) == list(found["losses"])
 
 
 def test_an_encoder_decoder_answers_alike_in_both_frameworks(config, done):

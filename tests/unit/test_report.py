@@ -11,7 +11,7 @@ from horovod_lm.report.curves import MARGIN
 from horovod_lm.report.results import Comparison
 from horovod_lm.report.runs import Follower, Slice, tokens_per_second, whole_steps
 from horovod_lm.report.schema import Report, VariantFigures, json_schema
-from horovod_lm.report.table import aligned
+from horovod_lm.report.table import aligned, make_table
 from horovod_lm.report.terminal import WIDTH, print_results
 from tests.unit.report_runs import BACKENDS, make_comparison, make_profile, make_variants
 
@@ -164,6 +164,26 @@ def test_the_table_fits_100_columns_and_says_what_the_page_says(tmp_path):
     for line in comparison.table:
         assert line.quantity in text  # on one line: nothing was wrapped
     assert " ".join(comparison.verdict) in " ".join(text.split())
+
+
+def test_accuracies_stand_in_the_table_where_a_loss_alone_says_little(tmp_path):
+    comparison = make_comparison(tmp_path)
+    first, second = (run.evaluations[-1] for run in comparison.runs)
+
+    def shown(accuracies, perplexities):
+        for row, add in ((first, 0.0), (second, 0.125)):
+            row["accuracies"] = {name: value + add for name, value in accuracies.items()}
+            row["perplexities"] = perplexities
+        lines = [line for line in make_table(comparison) if "accuracy" in line.quantity]
+        return {line.quantity.strip(): (line.values, line.compared) for line in lines}
+
+    found = shown({"masked_lm": 0.25, "next_sentence": 0.75}, {"masked_lm": 7.4})
+    assert found == {
+        "accuracy of masked_lm": ((0.25, 0.375), ("difference 1.2e-01",)),
+        "accuracy of next_sentence": ((0.75, 0.875), ("difference 1.2e-01",)),
+    }
+    assert list(shown({"sentence_order": 0.5}, {})) == ["accuracy of sentence_order"]
+    assert shown({"lm": 0.25}, {"lm": 7.4}) == {}
 
 
 def test_report_json_can_be_read_back(tmp_path):
