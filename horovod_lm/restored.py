@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from horovod_lm import checkpoint, environment
 from horovod_lm.agreement import agreed
 from horovod_lm.backend import Communicator, Engine, EngineState, load_backend

@@ -108,6 +108,17 @@ def test_evaluations_agree(pair):
     assert given.hits == expected.hits > 0
 
 
+def test_a_tie_of_n_is_a_hit_of_one_in_n(pair):
+    """So it is no matter which one a framework finds first."""
+    micro, size = micro_batch(pair.spec), pair.spec.vocabulary
+    weights = {name: np.zeros_like(w) for name, w in starting_weights(pair.spec).items()}
+    for name, engine in pair.engines.items():
+        engine.load_state(EngineState(weights))
+        found = engine.evaluate(micro)["lm"]
+        assert found.nll == pytest.approx(found.weights * np.log(size), rel=1e-5), name
+        assert found.hits == pytest.approx(found.weights / size, rel=1e-5), name
+
+
 def test_decoding_equals_the_logits_of_the_whole_sequence(pair):
     tokens = micro_batch(pair.spec).inputs["tokens"]
     for name, engine in pair.fresh().items():
