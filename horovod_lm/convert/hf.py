@@ -160,10 +160,17 @@ def _take(
 
     shapes = Shapes({name: t.shape for name, t in found.items()}, same)
     spec = spec_of(family, config, shapes)
+    faults = family.faults(spec)
+    if faults:
+        raise UserError(
+            f"{folder}: its tensors are those of no {family.name} that transformers has: "
+            + ", ".join(faults)
+        )
     wanted = {p.name: p.shape for p in spec.parameters}
     rows = {row.name: row for row in rows_of(family, spec)}
     values: dict[str, np.ndarray] = {}
     source: dict[str, str] = {}
+    unread: list[str] = []
     for name, row in rows.items():
         if name not in found:
             continue
@@ -179,7 +186,9 @@ def _take(
             )
         first = source.setdefault(row.parts[0], name)
         if first != name:
-            if not _equal(found[first], tensor):
+            if row.unread and not _equal(found[first], tensor):
+                unread.append(name)
+            elif not row.unread and not _equal(found[first], tensor):
                 raise UserError(
                     f"{folder}: {own[name]} differs from {own[first]}, and config.json has them "
                     "tied (tie_word_embeddings)"
@@ -201,7 +210,7 @@ def _take(
                 f"{folder}: the tensor {own[name]} has no place in a model of type {family.name}; "
                 "--keep-extra carries such tensors along, unused"
             )
-    extra = {own[name]: found[name] for name in left}
+    extra = {own[name]: found[name] for name in [*left, *unread]}
     # The files may lie in a folder that is about to go.
     extra = {n: Tensor(t.dtype, t.shape, np.array(t.data)) for n, t in extra.items()}
     return spec, {name: values[name] for name in wanted}, extra
@@ -296,6 +305,7 @@ def _differences(family: Family, config: Json, spec: ModelSpec) -> list[str]:
         return [str(error)]
     mine = _identity(spec)
     faults = [f"{key} = {mine[key]!r}" for key in mine if read.get(key) != mine[key]]
+    faults += family.faults(spec)
     held = {part for row in rows for part in row.parts}
     return faults or [name for name in wanted if name not in held]
 
