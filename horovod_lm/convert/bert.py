@@ -39,6 +39,30 @@ def _architecture(spec: ModelSpec, family: str) -> str:
     return f"{family}ForMaskedLM"
 
 
+def _faults(spec: ModelSpec) -> list[str]:
+    """Heads over sequences stand on a pooler, and the output layer behind a transform."""
+    found = []
+    if not spec.pooler and any(head.over == "sequence" for head in spec.task_heads):
+        found.append("pooler = False under a head over sequences")
+    if not spec.head_transform and (spec.head_bias or not spec.tied):
+        found.append(
+            f"head_transform = False with {'head_bias = True' if spec.tied else 'tied = False'}"
+        )
+    return found
+
+
+def _output(theirs: str, bias: str, spec: ModelSpec) -> list[Row]:
+    """The output layer, with its bias under two names. Where it is not tied they are two tensors,
+    and the layer's own is read."""
+    own = Row(f"{theirs}.bias", ("heads.lm.bias",), copy=spec.tied)
+    return [
+        output(f"{theirs}.weight", spec.tied),
+        *([] if spec.tied else [own]),
+        Row(bias, ("heads.lm.bias",), unread=not spec.tied),
+        *([own] if spec.tied else []),
+    ]
+
+
 class Bert:
     """Devlin et al. (2019): `BertModel` and those with heads on it."""
 
@@ -138,6 +162,10 @@ class Bert:
             ]
         return rows + self.head_rows(spec)
 
+    def faults(self, spec: ModelSpec) -> list[str]:
+        """What makes it another model."""
+        return _faults(spec)
+
     def head_rows(self, spec: ModelSpec) -> list[Row]:
         """The tensors of what stands on the stack."""
         theirs = "cls.predictions"
@@ -145,9 +173,7 @@ class Bert:
             *linear("bert.pooler.dense", "pooler"),
             *linear(f"{theirs}.transform.dense", "heads.lm.transform"),
             *norm(f"{theirs}.transform.LayerNorm", "heads.lm.norm"),
-            output(f"{self.head}.weight", spec.tied),
-            Row(f"{theirs}.bias", ("heads.lm.bias",)),
-            Row(f"{self.head}.bias", ("heads.lm.bias",), copy=True),
+            *_output(self.head, f"{theirs}.bias", spec),
             *linear("cls.seq_relationship", "heads.next_sentence"),
             *linear("classifier", "heads.classifier"),
             *linear("qa_outputs", "heads.qa_outputs"),
@@ -201,9 +227,7 @@ class Roberta(Bert):
             *linear("classifier.dense" if dense else "roberta.pooler.dense", "pooler"),
             *linear("lm_head.dense", "heads.lm.transform"),
             *norm("lm_head.layer_norm", "heads.lm.norm"),
-            output(f"{self.head}.weight", spec.tied),
-            Row("lm_head.bias", ("heads.lm.bias",)),
-            Row(f"{self.head}.bias", ("heads.lm.bias",), copy=True),
+            *_output(self.head, "lm_head.bias", spec),
             *linear("classifier.out_proj" if dense else "classifier", "heads.classifier"),
             *linear("qa_outputs", "heads.qa_outputs"),
         ]
@@ -291,3 +315,7 @@ class DistilBert:
             *linear("classifier", "heads.classifier"),
             *linear("qa_outputs", "heads.qa_outputs"),
         ]
+
+    def faults(self, spec: ModelSpec) -> list[str]:
+        """What makes it another model."""
+        return _faults(spec)

@@ -32,13 +32,15 @@ class Row:
 
     `parts` are canonical names: the tensor is the one part itself, its transpose, or several parts
     side by side on the last axis (`joined`). With `copy` another row holds the same, and files may
-    do without this one.
+    do without this one. With `unread` transformers reads another row where both are there, so that
+    a file may hold anything in this one.
     """
 
     name: str
     parts: tuple[str, ...]
     form: Literal["same", "transposed", "joined"] = "same"
     copy: bool = False
+    unread: bool = False
 
     def split(self, array: np.ndarray, spec: Mapping[str, tuple[int, ...]]) -> list[np.ndarray]:
         """The parts of a file's tensor; `spec` are their shapes."""
@@ -85,6 +87,9 @@ class Family(Protocol):
 
     def rows(self, spec: ModelSpec) -> list[Row]:
         """Every tensor that a file may have."""
+
+    def faults(self, spec: ModelSpec) -> list[str]:
+        """Which fields of a spec that `rows` holds make it another model than there is."""
 
 
 class Values:

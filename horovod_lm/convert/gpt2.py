@@ -82,3 +82,7 @@ class Gpt2:
             *norm("transformer.ln_f", "decoder.norm"),
             output("lm_head.weight", spec.tied),
         ]
+
+    def faults(self, spec: ModelSpec) -> list[str]:
+        """Nothing."""
+        return []

@@ -153,8 +153,14 @@ def _take(
 
     shapes = Shapes({name: tensor.shape for name, (_, tensor) in found.items()}, same)
     spec = spec_of(family, config, shapes)
+    faults = family.faults(spec)
+    if faults:
+        raise UserError(
+            f"{folder}: its tensors are those of no {family.name} that transformers has: "
+            + ", ".join(faults)
+        )
     rows = {row.name: row for row in rows_of(family, spec)}
-    values = _values(folder, spec, rows, found, count)
+    values, unread = _values(folder, spec, rows, found, count)
     left = [name for name in found if name not in rows]
     kept = re.compile("|".join(family.kept)) if family.kept else None
     for name in left:
@@ -166,7 +172,7 @@ def _take(
     # The files may lie in a folder that is about to go.
     extra = {
         own: Tensor(tensor.dtype, tensor.shape, np.array(tensor.data))
-        for own, tensor in (found[name] for name in left)
+        for own, tensor in (found[name] for name in [*left, *unread])
     }
     return spec, values, extra
 
@@ -188,12 +194,14 @@ def _values(
     rows: Mapping[str, Row],
     found: Mapping[str, tuple[str, Tensor]],
     count: Count,
-) -> dict[str, np.ndarray]:
-    """The spec's parameters, in its order. Raises `UserError` for a tensor that is missing, or is
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The spec's parameters, in its order, and the full names of tensors that nobody reads and
+    that differ from those which are read. Raises `UserError` for a tensor that is missing, or is
     not what `rows` ask for."""
     wanted = {p.name: p.shape for p in spec.parameters}
     values: dict[str, np.ndarray] = {}
     source: dict[str, str] = {}
+    unread: list[str] = []
     for name, row in rows.items():
         if name not in found:
             continue
@@ -209,7 +217,9 @@ def _values(
             )
         first = source.setdefault(row.parts[0], name)
         if first != name:
-            if not _equal(found[first][1], tensor):
+            if row.unread and not _equal(found[first][1], tensor):
+                unread.append(name)
+            elif not row.unread and not _equal(found[first][1], tensor):
                 raise UserError(
                     f"{folder}: {own} differs from {found[first][0]}, and config.json has them "
                     "tied (tie_word_embeddings)"
@@ -223,7 +233,7 @@ def _values(
             raise UserError(f"{folder}: the tensor {name} is missing")
     lost = [name for name in wanted if name not in values]
     assert not lost, lost
-    return {name: values[name] for name in wanted}
+    return {name: values[name] for name in wanted}, unread
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -316,6 +326,7 @@ def _differences(family: Family, config: Json, spec: ModelSpec) -> list[str]:
         return [str(error)]
     mine = _identity(spec)
     faults = [f"{key} = {mine[key]!r}" for key in mine if read.get(key) != mine[key]]
+    faults += family.faults(spec)
     held = {part for row in rows for part in row.parts}
     return faults or [name for name in wanted if name not in held]
 

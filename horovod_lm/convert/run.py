@@ -210,6 +210,11 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
         plan = hf.plan(spec, exported.ids)
         family, headers, companions = plan.family, plan.headers, exported.companions
         companions[files.CONFIG] = plan.config
+        if spec.kind == "encoder" and not spec.head_transform:
+            log(
+                f"the output layer is left out: that of {family.name} stands behind a transform "
+                "(model.head_transform, model.head_bias)"
+            )
     else:
         family, headers = imported.family, imported.headers
         extra, companions = imported.extra, imported.companions

@@ -109,3 +109,7 @@ class T5:
                 ]
             rows += norm(f"{stack}.final_layer_norm", f"{stack}.norm", False)
         return [*rows, output("lm_head.weight", spec.tied)]
+
+    def faults(self, spec: ModelSpec) -> list[str]:
+        """Nothing."""
+        return []

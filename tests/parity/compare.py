@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +11,14 @@ import numpy as np
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     """|a - b| / |b| in fp64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return _ratio(float(np.linalg.norm(a - b)), float(np.linalg.norm(b)))
+
+
+def _ratio(distance: float, norm: float) -> float:
+    """Infinite where something is not a number, which `max` would pass over in a list."""
+    if distance == 0:
+        return 0.0
+    return distance / norm if norm > 0 and math.isfinite(distance) else math.inf
 
 
 def differences(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -22,7 +30,8 @@ def differences(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dic
     result = {}
     for name, array in a.items():
         distance = np.linalg.norm(array.astype(np.float64) - b[name].astype(np.float64))
-        result[name] = float(distance) / (whole if norms[name] < 1e-6 * whole else norms[name])
+        norm = whole if norms[name] < 1e-6 * whole else norms[name]
+        result[name] = _ratio(float(distance), norm)
     return result
 
 

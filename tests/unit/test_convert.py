@@ -420,6 +420,46 @@ def test_a_model_that_no_family_has(tmp_path):
         hf.plan(spec)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "fault"),
+    [
+        (
+            "bert",
+            {"pooler": False},
+            "bert, which does not go with pooler = False under a head over",
+        ),
+        ("bert bare", {"head_bias": True}, "head_transform = False with head_bias = True"),
+        ("bert bare", {"tied": False}, "head_transform = False with tied = False"),
+        ("distilbert", {"task_heads": [{"name": "classifier", "outputs": 3}]}, "pooler = False"),
+    ],
+)
+def test_a_head_that_transformers_has_otherwise_is_refused(name, changes, fault):
+    """It would open there, with layers of its own in between."""
+    with pytest.raises(UserError, match=fault):
+        hf.plan(ModelSpec(**{**SPECS[name], **changes}))
+
+
+def without_its_pooler(folder):
+    rewrite(folder, lambda table: {n: v for n, v in table.items() if "pooler" not in n})
+
+
+def test_two_biases_of_an_output_layer_that_is_not_tied(tmp_path):
+    """transformers reads the layer's own; the other one comes back as it was."""
+    write(tmp_path / "hf", ModelSpec(**SPECS["bert untied"]))
+
+    def differ(table):
+        dtype, data, shape = table["cls.predictions.bias"]
+        table["cls.predictions.bias"] = (dtype, np.zeros_like(data), shape)
+
+    own = hf.read_model(tmp_path / "hf").weights["heads.lm.bias"]
+    rewrite(tmp_path / "hf", differ)
+    model = hf.read_model(tmp_path / "hf")
+    assert np.array_equal(model.weights["heads.lm.bias"], own)
+    import_run(tmp_path / "hf", tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "back")
+    assert content(tmp_path / "back") == content(tmp_path / "hf")
+
+
 # Bad input: a change of a good folder, and the one message.
 def cut(folder):
     path = folder / "model.safetensors"
@@ -549,6 +589,7 @@ BAD = [
     (overlapping, "b begins at byte 2 of the data instead of 4"),
     (missing, r"the tensor bert\.encoder\.layer\.1\.output\.dense\.bias is missing"),
     (extra, r"the tensor bert\.more\.weight has no place in a model of type bert; --keep-extra"),
+    (without_its_pooler, "are those of no bert that transformers has: pooler = False under a head"),
     (wrong_shape, r"intermediate\.dense\.weight has shape \[8, 32\], and config\.json asks for"),
     (wrong_type, r"bert\.pooler\.dense\.bias has type F64; allowed: F32, BF16, F16"),
     (untied, r"differs from bert\.embeddings\.word_embeddings\.weight, and config\.json has them"),
