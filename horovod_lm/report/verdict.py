@@ -72,20 +72,25 @@ def _train_the_same(comparison: Comparison, twin: int, same: list[int]) -> str:
     said = f"{differ} {_extent(curves)}"
     if not max(found.largest for found in curves):
         said = f"are equal over {count(max(found.steps[-1] for found in curves), 'step')}"
-    return f"{who} train the same model: their loss curves {said}."
+    return f"{who} train the same model: their loss curves {said}.{_hint(comparison, twin, curves)}"
 
 
 def _differ(comparison: Comparison, twin: int, which: int) -> str:
     curves = comparison.curves(which, twin)
     assert curves is not None
-    hint = ""
-    if comparison.runs[which].config.train.precision == "fp32":
-        hint = " Whether rounding has grown to that shows --set train.precision=fp64."
     return (
         f"{_capital(_pair(comparison, twin, which))} differ: their loss curves are apart "
         f"{_extent([curves])}, more than the {MARGIN:.0e} nats of rounding, for the first time at "
-        f"step {curves.leaves_at}.{hint}"
+        f"step {curves.leaves_at}.{_hint(comparison, twin, [curves])}"
     )
+
+
+def _hint(comparison: Comparison, twin: int, curves: Sequence[Curves]) -> str:
+    """How to learn why curves part, sooner or later."""
+    in_fp32 = comparison.runs[twin].config.train.precision == "fp32"
+    if not in_fp32 or max(found.largest for found in curves) <= MARGIN:
+        return ""
+    return " Whether rounding has grown to that shows --set train.precision=fp64."
 
 
 def _without_margin(comparison: Comparison, twin: int, which: int) -> str:

@@ -95,6 +95,7 @@ def test_the_margin_is_for_the_first_200_steps(tmp_path):
     late["loss"] += 1e-2
     assert comparison.same is True
     assert "3.0e-05 nats over the first 200 steps and 1.0e-02 over all 600" in comparison.verdict[0]
+    assert comparison.verdict[0].endswith("shows --set train.precision=fp64.")
 
 
 def test_the_margin_is_for_fp64_too(tmp_path):
