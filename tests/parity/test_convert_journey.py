@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from horovod_lm import checkpoint
+from horovod_lm import checkpoint, environment
 from horovod_lm.config import load_config
 from horovod_lm.convert import hf
 from horovod_lm.convert.run import export_run, import_run
@@ -32,6 +32,12 @@ MODELS = {
     },
     "gpt2": {"activation": "gelu_tanh"},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """TensorFlow takes a number of threads once in a process, and other tests have taken one."""
+    monkeypatch.setattr(environment, "apply", lambda config: 1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from horovod_lm import checkpoint
+from horovod_lm import checkpoint, environment
 from horovod_lm.backend import EngineState
 from horovod_lm.config import make_config, to_toml
 from horovod_lm.convert.run import export_run, import_run
@@ -58,6 +58,12 @@ TRICKY = [
     *TEXTS[:3], "", "a", "  two  blanks\n\nand a line\t", "naïve café 日本語 🙂", "don't . , ?",
     "[ MASK ]",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """TensorFlow takes a number of threads once in a process, and other tests have taken one."""
+    monkeypatch.setattr(environment, "apply", lambda config: 1)
 
 
 def trained(tokenizer: Tokenizer, fields, run, weights=None, changes=()):

@@ -175,7 +175,7 @@ exit $code
 )
 @pytest.mark.parametrize(
     ("kib", "every", "words"),
-    [(220, 10, "can't be written to"), (56, 0, "no space left on device")],
+    [(280, 10, "can't be written to"), (56, 0, "no space left on device")],
 )
 def test_a_full_disk_ends_all_ranks_with_one_message(kib, every, words, run, shared, tmp_path):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
