@@ -75,6 +75,7 @@ class Bert:
         (".LayerNorm.beta", ".LayerNorm.bias"),
     )
     head = "cls.predictions.decoder"
+    vocabulary = 30522  # where config.json does not say
 
     def fields(self, config: Values, shapes: Shapes) -> Json:
         """The fields of the spec."""
@@ -84,7 +85,7 @@ class Bert:
         offset = self.offset(config)
         return {
             **_ENCODER,
-            "vocabulary": config.number("vocab_size", 30522),
+            "vocabulary": config.number("vocab_size", self.vocabulary),
             "context": config.number("max_position_embeddings", 512) - offset,
             "width": config.number("hidden_size", 768),
             "layers": config.number("num_hidden_layers", 12),
@@ -188,6 +189,7 @@ class Roberta(Bert):
     prefix = "roberta."
     kept: tuple[str, ...] = (r"roberta\.embeddings\.(position_ids|token_type_ids)",)
     head = "lm_head.decoder"
+    vocabulary = 50265
 
     def offset(self, config: Values) -> int:
         """The id of padding is a row of the table too."""

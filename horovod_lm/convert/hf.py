@@ -397,8 +397,13 @@ def write_weights(
         if name in extra:
             return extra[name].data
         row = rows[full[name]]
-        parts = [weights.get(p, keys) for p in row.parts]
-        return tensors.encode(row.join(parts), dtype)
+        array = row.join([weights.get(p, keys) for p in row.parts])
+        if dtype == "F16" and np.abs(array[np.isfinite(array)]).max(initial=0) >= 65520:
+            raise UserError(
+                f"{name} has weights beyond 65504, the largest of F16, which is its type in the "
+                "imported files; import them in fp32 or bf16, and start with that run"
+            )
+        return tensors.encode(array, dtype)
 
     places = [place for header in headers.values() for place in tensors.places(header).values()]
     total = sum(stop - start for _, _, start, stop in places)

@@ -287,6 +287,33 @@ def test_trained_weights_go_into_the_same_files(bert, tmp_path):
     assert all(np.array_equal(again[name], weights[name]) for name in weights)
 
 
+def test_trained_weights_beyond_the_imported_type_are_refused(bert, tmp_path):
+    """They would be infinite."""
+
+    def halve(table):
+        for name, (_, data, shape) in table.items():
+            half = tensors.encode(data.view("<f4").reshape(shape), "F16")
+            table[name] = ("F16", half, shape)
+
+    rewrite(bert, halve)
+    config = import_run(bert, tmp_path / "run")
+    weights = hf.read_model(bert).weights
+    for number, (value, fits) in enumerate(((65519.0, True), (-7e4, False)), 1):
+        weights["pooler.bias"][3] = value
+        state = checkpoint.RunState(number, number, {}, checkpoint.EngineState(weights))
+        checkpoint.save(tmp_path / "run" / "checkpoints", state, config, keep=2)
+        if fits:
+            export_run(tmp_path / "run", tmp_path / "back")
+            again = hf.read_model(tmp_path / "back").weights["pooler.bias"]
+            assert again[3] == 65504 and np.isfinite(again).all()
+            continue
+        with pytest.raises(
+            UserError, match=r"dense\.bias has weights beyond 65504, the largest of"
+        ):
+            export_run(tmp_path / "run", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
 def test_a_run_starts_with_the_weights_of_another(bert, tmp_path):
     config = import_run(bert, tmp_path / "run")
     spec = config.model
@@ -529,6 +556,16 @@ def set_config(**values):
     return change
 
 
+def lacks(key):
+    def change(folder):
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        del values[key]
+        path.write_text(json.dumps(values))
+
+    return change
+
+
 def tokenizer_too_large(folder):
     words = {f"w{i}": i for i in range(301)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
@@ -608,6 +645,7 @@ BAD = [
     (set_config(layer_norm_eps="x"), 'layer_norm_eps = "x" must be a number'),
     (set_config(tie_word_embeddings=3), "tie_word_embeddings = 3 must be true or false"),
     (set_config(num_attention_heads=3), "heads = 3 does not divide width = 8"),
+    (lacks("vocab_size"), r"word_embeddings\.weight has shape \[300, 8\], .* \[30522, 8\]"),
     (set_config(vocab_size=299), r"word_embeddings\.weight has shape \[300, 8\]"),
     (tokenizer_too_large, "does not fit the model: its token 'w300' has id 300, and the vocabul"),
     (tokenizer_damaged, "tokenizer.json can't be read"),
@@ -688,6 +726,7 @@ UNSUPPORTED = [
     ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
     ("llama", {"attention_bias": True}, "mlp_bias = false is not supported; allowed: true"),
     ("roberta", {"hidden_act": "relu"}, "hidden_act"),
+    ("roberta", {"vocab_size": None}, "vocab_size = null must be a whole number above 0"),
     ("roberta", {"pad_token_id": -5}, "pad_token_id = -5 must be a whole number, 0 or more"),
     ("roberta", {"pad_token_id": 1.5}, "pad_token_id = 1.5 must be"),
     ("roberta", {"pad_token_id": float("inf")}, "pad_token_id = Infinity must be"),
