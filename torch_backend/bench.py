@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -134,6 +137,7 @@ class _Ranks:
 
     def __init__(self) -> None:
         dist.init_process_group("gloo")
+        atexit.register(self._leave)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def broadcast(self, data: bytes) -> bytes:
@@ -141,6 +145,14 @@ class _Ranks:
         box = [data]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def _leave(self) -> None:
+        # Gloo's threads may hold tensors of the last step, and to free one when Python has ended
+        # aborts the process. They end with the group, which the model holds too, as would the
+        # defaults of functions in torch.distributed.nn if it were first imported by DDP.
+        vars(self).clear()
+        gc.collect()
+        dist.destroy_process_group()
 
 
 class _PlainDistributed(_Ranks, _Peer):
