@@ -24,13 +24,13 @@ class ConvertTools:
             "backend, or convert the file to safetensors first"
         )
 
-    def saved_model(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], target: Path) -> None:
+    def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
         """Write the model as a SavedModel in folder `target`: what it computes is in the graph, so
-        TensorFlow alone runs it."""
+        TensorFlow alone runs it. Takes the tensors out of `weights`."""
         model = Transformer(spec, "fp32")
         model.build()
-        variables = Weights(model, spec, 0, "/CPU:0")
-        variables.write(variables.values, weights)
+        variables = Weights(model, spec, None, "/CPU:0")
+        variables.write(variables.values, _Taken(weights))
         names = _inputs(spec)
         heads = ["lm", *(head.name for head in spec.task_heads)]
 
@@ -41,6 +41,9 @@ class ConvertTools:
             ],
         )
         def serve(inputs):
+            if _masks(spec) > _MOST_MASKS:
+                # An empty prefix has each block take the mask of all, which is made once.
+                inputs = {**inputs, "prefix": tf.zeros_like(inputs["tokens"])}
             hidden = model(inputs)
             logits = {
                 "logits" if head == "lm" else f"{head}_logits": model.logits(
@@ -56,6 +59,34 @@ class ConvertTools:
         # The gradients that the layers define would need their code again.
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         tf.saved_model.save(module, str(target), signatures=serve, options=options)
+
+
+_MOST_MASKS = 2**28  # bytes; a graph must stay under 2 GiB
+
+
+def _masks(spec: ModelSpec) -> int:
+    """Bytes of the constants that keep a decoder's blocks from what comes later: half of a square
+    in each."""
+    return 2 * spec.context**2 * spec.stacks.get("decoder", 0)
+
+
+class _Taken(Mapping):
+    """Tensors that are gone once they have been read, so that they stand in memory once."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors.pop(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _inputs(spec: ModelSpec) -> list[str]:

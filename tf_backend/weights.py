@@ -40,10 +40,10 @@ class Weights:
     one operation.
 
     `values`: the variables; `decays`: for each, whether weight decay applies; `gradients`
-    (P + tail,), whose last `tail` elements travel with the gradients.
+    (P + tail,), whose last `tail` elements travel with the gradients; None: there are no gradients.
     """
 
-    def __init__(self, model: keras.Model, spec: ModelSpec, tail: int, device: str) -> None:
+    def __init__(self, model: keras.Model, spec: ModelSpec, tail: int | None, device: str) -> None:
         self.spec = spec
         # A path is transformer/decoder/0/attention/output/kernel: layers bear canonical names.
         own = {v.path.partition("/")[2].replace("/", "."): v.value for v in model.weights}
@@ -59,7 +59,8 @@ class Weights:
         self.sizes = [math.prod(value.shape) for value in self.values]
         self._ends = list(itertools.accumulate(self.sizes))
         self.size = self._ends[-1]
-        self.gradients = tf.zeros(self.size + tail, self.values[0].dtype)
+        if tail is not None:
+            self.gradients = tf.zeros(self.size + tail, self.values[0].dtype)
 
     def read(self, buffer: Sequence[tf.Tensor | tf.Variable]) -> dict[str, np.ndarray]:
         """Copies of all canonical tensors among own tensors in the order of `values`."""
@@ -73,13 +74,18 @@ class Weights:
     def write(self, buffer: Sequence[tf.Variable], tensors: Mapping[str, np.ndarray]) -> None:
         """Fill variables in the order of `values` from canonical tensors. Raises `KeyError` for a
         missing one."""
-        arrays = [np.empty(v.shape, v.dtype.as_numpy_dtype) for v in self.values]
+        parts: dict[str, list[tuple[int | None, str]]] = {name: [] for name in self.names}
         for parameter in self.spec.parameters:
+            if parameter.name not in tensors:
+                raise KeyError(parameter.name)
             name, part = own_name(self.spec, parameter.name)
-            array = self._part(arrays[self._index[name]], name, part)
-            array[...] = tensors[parameter.name]
-        for variable, array in zip(buffer, arrays, strict=True):
-            variable.assign(array)
+            parts[name].append((part, parameter.name))
+        # One after the other: no second copy of them all stands in memory.
+        for variable, (name, own) in zip(buffer, parts.items(), strict=True):
+            whole = np.empty(variable.shape, variable.dtype.as_numpy_dtype)
+            for part, canonical in own:
+                self._part(whole, name, part)[...] = tensors[canonical]
+            variable.assign(whole)
 
     def views(self, buffer: tf.Tensor) -> list[tf.Tensor]:
         """The own tensors in a flat buffer, each in its shape."""

@@ -52,7 +52,7 @@ class ConvertTools:
         except ValueError as error:
             raise UserError(f"{source} has no plain names of tensors: {error}") from None
 
-    def saved_model(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], target: Path) -> None:
+    def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
         """Refuse: a SavedModel is TensorFlow's own."""
         raise UserError(
             "a SavedModel is a graph of TensorFlow, which PyTorch can't write; use --backend "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ class ConvertTools(Protocol):
         """Write the tensors of a `pytorch_model.bin` as a safetensors file, without running code
         that it may hold. Raises `UserError` where that can't be, or the file is something else."""
 
-    def saved_model(self, spec: ModelSpec, weights: Mapping[str, np.ndarray], target: Path) -> None:
+    def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
         """Write the model with these canonical weights as a TensorFlow SavedModel in folder
-        `target`, which runs without this package. Raises `UserError` where the framework can't."""
+        `target`, which runs without this package. Takes the tensors out of `weights`, to make room.
+        Raises `UserError` where the framework can't."""

@@ -13,6 +13,7 @@ from horovod_lm import checkpoint, environment
 from horovod_lm.backend import EngineState
 from horovod_lm.config import make_config, to_toml
 from horovod_lm.convert.run import export_run, import_run
+from horovod_lm.convert.saved_model import export_saved_model
 from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.decode import generate
 from horovod_lm.errors import UserError
@@ -261,3 +262,11 @@ def test_without_a_tokenizer_no_token_is_one_of_anothers(tmp_path):
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
         "config.json", "model.safetensors",
     ]  # fmt: skip
+
+
+def test_a_saved_model_has_the_tokenizer_of_its_run(tmp_path):
+    ours = Tokenizer.train(TEXTS, 330)
+    trained(ours, {}, tmp_path / "run")
+    export_saved_model(tmp_path / "run", tmp_path / "saved")
+    text = (tmp_path / "saved" / "assets.extra" / "tokenizer.json").read_bytes()
+    assert text == (tmp_path / "run" / "tokenizer.json").read_bytes()

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 from horovod_lm import checkpoint
 from horovod_lm.cli import group
-from horovod_lm.config import load_config, to_toml
+from horovod_lm.config import load_config, make_config, to_toml
 from horovod_lm.convert import hf, progress, tensors
 from horovod_lm.convert.run import export_run, import_run, read_imported
 from horovod_lm.convert.tensors import Tensor
@@ -464,6 +464,21 @@ def test_a_head_that_transformers_has_otherwise_is_refused(name, changes, fault)
     """It would open there, with layers of its own in between."""
     with pytest.raises(UserError, match=fault):
         hf.plan(ModelSpec(**{**SPECS[name], **changes}))
+
+
+def test_an_encoder_without_a_transform_says_that_it_goes_without_its_output(tmp_path):
+    fields = {**SPECS["bert bare"], "vocabulary": 300}
+    config = make_config({"model": fields, "data": {"vocabulary": 300}}, "test")
+    state = checkpoint.RunState(1, 1, {}, checkpoint.EngineState(weights_of(config.model)))
+    run = tmp_path / "run"
+    checkpoint.save(run / "checkpoints", state, config, keep=1)
+    (run / "config.toml").write_text(to_toml(config))
+    save_tokenizer(run)
+    said = []
+    assert export_run(run, tmp_path / "hf", said.append) == "bert"
+    assert any(
+        line.startswith("the output layer is left out: that of bert stands") for line in said
+    )
 
 
 def without_its_pooler(folder):
