@@ -66,10 +66,10 @@ def raw_source(name: str, corpus: Corpus, fraction: float, cache: Path, log: Log
 
 def settings_of(corpus: Corpus) -> list[Any]:
     """What decides which documents come out of the same files."""
+    # Where the format is "auto", the same bytes under another name may be read in another way.
+    formats = [file_format(path, corpus.format) for path in corpus.all_files]
     targets = len(corpus.targets)
-    return [
-        corpus.kind, corpus.format, corpus.fields, corpus.parallel, targets, corpus.skip,
-    ]  # fmt: skip
+    return [corpus.kind, formats, corpus.fields, corpus.parallel, targets, corpus.skip]
 
 
 def _contents(name: str, corpus: Corpus, stamps: list[Any], cache: Path, log: Log) -> Contents:

@@ -164,6 +164,27 @@ def test_the_key_is_of_contents_and_settings(text, tmp_path):
     assert prepare(config(text)).folder not in {first, *others}
 
 
+def test_the_key_is_of_the_formats_that_names_stand_for(text, tmp_path):
+    row = json.dumps({"text": "Line after line of a text that is long enough."}) + "\n"
+    names = ("part-0", "part-0.jsonl", "part-0.txt")
+    plain, records, same = paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.write_text(row * 40)
+    first = prepare(config(plain, documents="line"))
+    assert prepare(config(same, documents="line")).folder == first.folder
+    others = [
+        prepare(config(records, documents="line")),
+        prepare(config(plain, records, documents="line")),
+        prepare(config(records, plain, documents="line")),
+    ]
+    assert len({prepared.folder for prepared in (first, *others)}) == 4
+    assert "{" in documents(first, first.train)[0]
+    assert "{" not in documents(others[0], others[0].train)[0]
+    # Said or told by the name, it is the same format.
+    said = prepare(config(plain, documents="line", format="jsonl"))
+    assert said.folder == others[0].folder
+
+
 def test_two_makings_are_equal(text, cache):
     first = prepare(config(text)).manifest
     subprocess.run(["rm", "-r", str(cache)], check=True)
