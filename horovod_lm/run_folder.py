@@ -14,7 +14,7 @@ import psutil
 
 from horovod_lm.config import Config, to_toml
 from horovod_lm.data.cache import replace
-from horovod_lm.errors import UserError
+from horovod_lm.errors import RunFailed, UserError
 
 STATE = "run.json"
 IMPORTED = "imported"  # what an imported run keeps of its source
@@ -73,9 +73,24 @@ def tokenizer_file(folder: Path, config: Config) -> Path | None:
 
 def carry_over(source: Path, folder: Path) -> None:
     """Take along what the run in `source` keeps of a model that it was imported from, so that a run
-    which starts with its weights can be exported as that model."""
-    if (source / IMPORTED).is_dir() and not (folder / IMPORTED).exists():
-        shutil.copytree(source / IMPORTED, folder / IMPORTED)
+    which starts with its weights can be exported as that model. It comes whole or not at all.
+    Raises `RunFailed` where it can't be copied."""
+    if not (source / IMPORTED).is_dir() or (folder / IMPORTED).exists():
+        return
+    partial = folder / f"{IMPORTED}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        shutil.copytree(source / IMPORTED, partial)
+        partial.rename(folder / IMPORTED)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # Of a tree, the library gives a list with the cause for each file, as text.
+        listed = isinstance(error, shutil.Error) and isinstance(error.args[0], list)
+        cause = error.args[0][0][-1] if listed else error
+        raise RunFailed(
+            f"{source / IMPORTED} can't be copied to {folder}: {cause}; mend that, then start "
+            "again with --resume"
+        ) from error
 
 
 class RunRecord:

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -391,6 +393,38 @@ def continued(run, folder, text, **data):
     (folder / "config.toml").write_text(to_toml(config))
     (folder / "tokenizer.json").write_bytes(text)
     return folder
+
+
+def test_what_is_kept_of_an_imported_model_is_carried_over_whole_or_not_at_all(
+    tmp_path, monkeypatch
+):
+    kept, folder = tmp_path / "run" / "imported", tmp_path / "next"
+    kept.mkdir(parents=True)
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (kept / name).write_text(name)
+    full, copy, copied = OSError(28, "No space left on device"), shutil.copy2, []
+
+    def fill(source, target, **options):
+        if copied:
+            raise full
+        copied.append(copy(source, target, **options))
+        return copied[0]
+
+    # copytree has taken its default in already
+    monkeypatch.setattr(shutil, "copytree", partial(shutil.copytree, copy_function=fill))
+    with pytest.raises(RunFailed, match=r"can't be copied to .*next: .*No space left on device;"):
+        carry_over(tmp_path / "run", folder)
+    assert copied and not list(folder.iterdir())
+    copied.clear()
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)  # as after a kill
+    with pytest.raises(RunFailed):
+        carry_over(tmp_path / "run", folder)
+    assert [path.name for path in folder.iterdir()] == ["imported.partial"]
+    monkeypatch.undo()
+    carry_over(tmp_path / "run", folder)
+    (whole,) = folder.iterdir()
+    assert whole.name == "imported" and len(list(whole.iterdir())) == 2
 
 
 def test_another_tokenizer_makes_another_model(bert, tmp_path):
