@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -257,8 +257,17 @@ def _is_valid(path: Path) -> bool:
 
 def newest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
     """The newest valid checkpoint in `folder`, digests compared; None if there is none. `log` is
-    told which newer ones are passed over, and why."""
-    for path in reversed(_steps(folder) if folder.is_dir() else []):
+    told which newer ones are passed over, and why. Raises `UserError` for a folder that can't be
+    read: to say that there is none would start a run anew."""
+    try:
+        steps = _steps(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be read: {error.strerror}; make it readable, or give another folder"
+        ) from None
+    for path in reversed(steps):
         try:
             verify(path)
         except UserError as error:
@@ -270,8 +279,9 @@ def newest(folder: Path, log: Callable[[str], None] = print) -> Path | None:
 
 def config_of_run(run: Path, overrides: Iterable[str] = ()) -> Config:
     """The config in the folder of a run, with `overrides`. Raises `UserError` if there is none."""
-    if not (run / "config.toml").exists():
-        raise UserError(f"{run} is not the folder of a run: it has no config.toml")
+    with suppress(PermissionError):  # of a folder above it: loading says so
+        if not (run / "config.toml").exists():
+            raise UserError(f"{run} is not the folder of a run: it has no config.toml")
     return load_config(run / "config.toml", overrides)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import statistics
 import sys
@@ -200,7 +201,7 @@ def check_unused(output: Path, variants: Sequence[Variant], seeds: int) -> None:
     """Raise `UserError` if a run or a comparison is in the folder. One that failed before any run
     began is none."""
     folders = [output, *_run_folders(output, variants, seeds)]
-    used = any((folder / STATE).exists() for folder in folders)
+    used = any(os.path.exists(folder / STATE) for folder in folders)
     if (output / REPORT).exists():
         report = json.loads((output / REPORT).read_text(encoding="utf-8"))
         used = used or report["state"] in ("running", "finished")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -150,7 +151,7 @@ def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
 def check_disk(folder: Path, needed: int) -> None:
     """Raise `UserError` unless `needed` bytes are free where `folder` is or will be."""
     place = folder.absolute()
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:

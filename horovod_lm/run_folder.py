@@ -35,7 +35,7 @@ def claim(folder: Path, resume: bool) -> None:
             f"{folder} is an imported model, which stays as it is; train another run that starts "
             f"with it: --set train.start_from={folder.absolute()}, and another --output"
         )
-    if (folder / STATE).exists() and not resume:
+    if os.path.exists(folder / STATE) and not resume:
         raise UserError(
             f"{folder} has a run in it; go on with it by --resume, or give another --output"
         )
@@ -45,7 +45,7 @@ def claim(folder: Path, resume: bool) -> None:
         raise UserError(
             f"output.folder = {folder} can't be made: {(error.strerror or str(error)).lower()}"
         ) from None
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"output.folder = {folder} is not writable; give another --output")
 
 
@@ -68,7 +68,7 @@ def tokenizer_file(folder: Path, config: Config) -> Path | None:
     given = [] if config.data.is_trained else [Path(config.data.tokenizer)]
     if given:  # an imported model's, wherever that run has been moved to
         given.append(folder / IMPORTED / TOKENIZER)
-    return next((path for path in (folder / TOKENIZER, *given) if path.is_file()), None)
+    return next((path for path in (folder / TOKENIZER, *given) if os.path.isfile(path)), None)
 
 
 def carry_over(source: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -128,7 +129,7 @@ def _leave(communicator: Communicator, printing: bool) -> None:
 
 def claim_check(output: Path, resume: bool) -> None:
     """Refuse, before any work, a folder that `claim` would refuse."""
-    if (output / STATE).exists():
+    if os.path.exists(output / STATE):
         claim(output, resume)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -197,10 +198,12 @@ def _matches(pattern: str) -> list[Path]:
         return [Path(pattern).absolute()]
     # A folder that is there is meant, though its name may read as a pattern: "[old]/*.txt".
     parents = Path(pattern).parents
-    folder = next((parent for parent in parents if parent.is_dir()), Path())
+    folder = next((parent for parent in parents if os.path.isdir(parent)), Path())
+    if not os.access(folder, os.R_OK | os.X_OK):  # what it holds can't be told
+        raise unreadable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     rest = str(Path(pattern).relative_to(folder))
     found = (folder / name for name in glob.glob(rest, root_dir=folder, recursive=True))
-    return [path.absolute() for path in found if not path.is_dir()]
+    return [path.absolute() for path in found if not os.path.isdir(path)]
 
 
 def _walk(folder: str) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,12 @@ def _corpora(data: Data, cache: Path, log: Log) -> Iterator[tuple[str, Corpus]]:
 
 def _load_tokenizer(data: Data) -> Tokenizer:
     path = Path(data.tokenizer)
-    if not path.exists():
-        raise UserError(
-            f"data.tokenizer: {path} does not exist; give the path of a tokenizer.json, or "
-            + ", ".join(f'"{kind}"' for kind in configuration.TOKENIZERS)
-        )
+    with suppress(PermissionError):  # of a folder above it: loading says so
+        if not path.exists():
+            raise UserError(
+                f"data.tokenizer: {path} does not exist; give the path of a tokenizer.json, or "
+                + ", ".join(f'"{kind}"' for kind in configuration.TOKENIZERS)
+            )
     tokenizer = Tokenizer.load(path, "give a tokenizer.json of the tokenizers library")
     if tokenizer.vocabulary > data.vocabulary:
         raise UserError(
