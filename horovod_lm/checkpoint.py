@@ -396,15 +396,20 @@ def check_same_run(path: Path, config: Config, data_digest: str | None = None) -
     """Raise `UserError`, naming each changed key with its old and new value, if `config` would
     make the checkpoint's run another one (see `Config.trajectory`).
 
-    With `data_digest`, of the prepared data, data.text may have moved: the checkpoint's own
-    `extra["data_digest"]` must be equal instead.
+    Files may have moved. With `data_digest`, of the prepared data, the checkpoint's own
+    `extra["data_digest"]` must be equal in place of the paths in [data]. The run that it started
+    from is not read again, so of train.start_from the folder's own name counts: another one is
+    most likely meant to be started from, which would not happen.
     """
     with _faults(path):
         manifest = _read_manifest(path)
     old, new = dict(manifest.run), dict(config.trajectory)
+    for values in (old, new):
+        if isinstance(start := values.get("train.start_from"), str):
+            values["train.start_from"] = Path(start).name
     if data_digest and "data_digest" in manifest.extra:
         for values, digest in ((old, manifest.extra["data_digest"]), (new, data_digest)):
-            values.pop("data.text", None)
+            _drop_paths(values)
             values["digest of the prepared data"] = digest
     changes = [
         f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
@@ -419,6 +424,19 @@ def check_same_run(path: Path, config: Config, data_digest: str | None = None) -
             + "\n  ".join(changes)
             + "\nchange them back, or start a new run in another folder"
         )
+
+
+def _drop_paths(values: dict[str, Any]) -> None:
+    """Leave out of a trajectory where the data come from."""
+    for key in ("data.text", "data.target", "data.tokenizer"):
+        values.pop(key, None)
+    sources = values.get("data.sources")
+    if isinstance(sources, list):
+        values["data.sources"] = [
+            {key: value for key, value in source.items() if key not in ("text", "target")}
+            for source in sources
+            if isinstance(source, dict)
+        ]
 
 
 def _shown(value: Any) -> str:

@@ -391,6 +391,39 @@ def test_the_text_may_move_if_the_prepared_data_are_the_same(tmp_path):
         check_same_run(path, moved)
 
 
+def in_folder(folder, weight=1.0, start="base"):
+    """A config that takes everything it can from a folder, as after reading it from a file."""
+    source = {
+        "name": "pairs",
+        "text": [f"{folder}/source.txt"],
+        "target": [f"{folder}/target.txt"],
+        "weight": weight,
+    }
+    return make_config(
+        {
+            "model": SMALL["model"],
+            "data": {"vocabulary": 300, "sources": [source], "tokenizer": f"{folder}/words.json"},
+            "train": {"start_from": f"{folder}/runs/{start}"},
+        },
+        "moved",
+    )
+
+
+def test_everything_may_move_together(tmp_path):
+    path = save(tmp_path, state_at(5, data_digest="abc"), in_folder("/old"), keep=1)
+    check_same_run(path, in_folder("/new"), data_digest="abc")
+    with pytest.raises(UserError, match="digest of the prepared data: abc → xyz"):
+        check_same_run(path, in_folder("/new"), data_digest="xyz")
+    with pytest.raises(UserError, match=r"data\.sources: .*'weight': 1\.0.* → .*'weight': 2\.0"):
+        check_same_run(path, in_folder("/new", weight=2.0), data_digest="abc")
+    with pytest.raises(UserError, match=r"train\.start_from: base → better\n"):
+        check_same_run(path, in_folder("/new", start="better"), data_digest="abc")
+    one = changed(data={"text": ["/old/a.txt"], "target": ["/old/b.txt"]})
+    path = save(tmp_path, state_at(6, data_digest="abc"), one, keep=1)
+    other = changed(data={"text": ["/new/a.txt"], "target": ["/new/b.txt"]})
+    check_same_run(path, other, data_digest="abc")
+
+
 # Kills, full disks, memory
 
 SAVER = """
