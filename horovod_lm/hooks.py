@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from horovod_lm.agreement import agreed
 from horovod_lm.backend import Engine, MicroBatch, Reduced, Sums
 from horovod_lm.checkpoint import RunState, save
 from horovod_lm.drift import compare_replicas
@@ -258,7 +259,10 @@ class ReplicaCheck:
             return
         self._checked = run.updates
         with run.clock.pause():
-            compare_replicas(run.communicator, run.engine.state(), run.scaler.state(), run.step)
+            # Else a rank without memory for the copy would leave the others waiting for its digest.
+            with agreed(run.communicator):
+                state = run.engine.state()
+            compare_replicas(run.communicator, state, run.scaler.state(), run.step)
 
     def _due(self, run: Run) -> bool:
         if self._checked is None or (run.last and self._check_every):

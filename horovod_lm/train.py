@@ -198,7 +198,8 @@ class Training:
         with agreed(communicator):
             self.engine = make_engine(config, self.backend, communicator)
         step = self._start()
-        state = self.engine.state()
+        with agreed(communicator):
+            state = self.engine.state()
         with agreed(communicator):
             compare_replicas(communicator, state, self.scaler.state(), step)
         run = Run(

@@ -253,7 +253,20 @@ def test_replicas_are_compared_at_the_first_update_then_in_time_and_last(check_e
         assert f"drifted apart at step {found}: weight {TABLE} on rank 1" in str(error)
 
 
-def test_comparing_replicas_takes_one_small_allgather(tmp_path):
+def test_a_rank_that_has_no_state_to_compare_ends_all():
+    def hooks(run):
+        def state():
+            raise MemoryError
+
+        if run.communicator.rank == 1:
+            run.engine.state = state
+        return [ReplicaCheck(4)]
+
+    errors = trained(hooks, ranks=2)
+    assert [str(error) for error in errors] == ["rank 1: MemoryError: "] * 2
+
+
+def test_comparing_replicas_takes_two_small_allgathers(tmp_path):
     def work(communicator):
         run = make_run(communicator, steps=1)
         run.engine.load_state(EngineState({TABLE: np.ones((VOCABULARY, VOCABULARY), np.float32)}))
@@ -261,7 +274,8 @@ def test_comparing_replicas_takes_one_small_allgather(tmp_path):
         return [size for name, size in communicator.calls if name == "allgather"]
 
     sizes, _ = on_ranks(2, work)
-    assert sizes == [32, 0]  # the second is the loop's own, that no rank has an error
+    # That every rank has its state, the digests, and the loop's own, that no rank has an error.
+    assert sizes == [0, 32, 0]
 
 
 def test_a_loss_without_a_target_is_null():
