@@ -16,6 +16,7 @@ import numpy as np
 from horovod_lm.agreement import agreed
 from horovod_lm.backend import Engine, MicroBatch, Reduced, Sums
 from horovod_lm.checkpoint import RunState, save
+from horovod_lm.data.cache import replace
 from horovod_lm.drift import compare_replicas
 from horovod_lm.loop import Run, overflow_of
 from horovod_lm.objectives import LossKind
@@ -34,16 +35,17 @@ class MetricsFile:
     beyond the step it goes on from."""
 
     def __init__(self, path: Path, step: int) -> None:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
         kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:  # a kill may have cut the last line
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if row["step"] <= step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        for line in before.splitlines():
+            try:  # a kill may have cut the last line
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        if (text := "".join(kept)) != before:
+            replace(path, text)  # a kill or a full disk must not take the rows so far
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ class RunRecord:
             **{key: value for key, value in _reached(folder).items() if key in _KEPT},
             **values,
         }
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        replace(folder / "config.toml", to_toml(config))  # without it the run can't be used
         self.update()
 
     def update(self, **values: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from horovod_lm.hooks import (
 from horovod_lm.loop import train_steps
 from horovod_lm.objectives import LossKind
 from horovod_lm.objectives.registry import causal_windows
+from horovod_lm.run_folder import RunRecord
 from horovod_lm.sketch import distance, sketch
 from tests.helpers import on_ranks
 from tests.numpy_backend import TABLE
@@ -102,6 +104,32 @@ def test_a_resumed_run_drops_later_lines_and_a_cut_one(tmp_path):
         '{"kind": "step", "step": 4, "again": true}',
     ]
     file.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
+def test_a_resumed_run_that_is_cut_off_keeps_its_files(name, tmp_path, monkeypatch):
+    config, path = make_config({}, "the test"), tmp_path / name
+
+    def start(step):
+        MetricsFile(tmp_path / "metrics.jsonl", step).close()
+        RunRecord(tmp_path, config)
+
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 5}\n')
+    start(5)
+    before = path.read_text()
+    write = Path.open
+
+    def fill(self, mode="r", *arguments, **options):
+        file = write(self, mode, *arguments, **options)
+        if self.name.startswith(name) and "w" in mode:
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(Path, "open", fill)
+    with pytest.raises(OSError, match="No space left"):
+        start(4)
+    assert path.read_text() == before != ""
+    assert not [path for path in tmp_path.iterdir() if path.suffix[1:].isdigit()]
 
 
 def test_a_full_disk_is_reported_once(tmp_path):
