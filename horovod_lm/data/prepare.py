@@ -50,13 +50,13 @@ class Prepared:
 
     @property
     def train(self) -> Tokens:
-        """The first source's first stream."""
-        return next(iter(next(iter(self.sources.values())).train.values()))
+        """The first source's last stream: of parallel text the target, which decoders learn."""
+        return list(next(iter(self.sources.values())).train.values())[-1]
 
     @property
     def validation(self) -> Tokens:
-        """The first source's first stream."""
-        return next(iter(next(iter(self.sources.values())).validation.values()))
+        """The first source's last stream."""
+        return list(next(iter(self.sources.values())).validation.values())[-1]
 
     @property
     def unigram_entropy(self) -> float:

@@ -120,6 +120,14 @@ def test_the_manifest_has_the_digests_of_everything(text):
     assert names == {path.name for path in prepared.folder.iterdir()}
 
 
+def test_of_parallel_text_the_target_stands_for_the_corpus(tmp_path):
+    for name, word in (("source", "one"), ("target", "zwei")):
+        (tmp_path / name).write_text("".join(f"{word} {number}\n" for number in range(100)))
+    prepared = prepare(config(tmp_path / "source", target=[str(tmp_path / "target")]))
+    for tokens, first in ((prepared.train, "zwei 0"), (prepared.validation, "zwei 95")):
+        assert documents(prepared, tokens)[0] == first
+
+
 def test_the_unigram_entropy_by_hand():
     # 4 ids; training counts 3, 1, 0, 0: probabilities 4/8, 2/8, 1/8, 1/8.
     train, validation = np.array([3, 1, 0, 0]), np.array([2, 0, 1, 0])
