@@ -169,7 +169,8 @@ def _profiled(variant: Variant) -> Variant:
 
 def _of_other_data(configs: Sequence[Config]) -> list[Config]:
     """Those configs whose data has not been prepared, or checked, for one before them."""
-    return list({(c.data, c.model.context): c for c in reversed(configs)}.values())[::-1]
+    found = {(c.data, c.model.context, c.batching, c.objective): c for c in reversed(configs)}
+    return list(found.values())[::-1]
 
 
 def check_installed(configs: Sequence[Config]) -> None:

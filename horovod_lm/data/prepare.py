@@ -21,6 +21,7 @@ from horovod_lm.data.progress import Log as Log
 from horovod_lm.data.shards import Tokens
 from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.errors import UserError
+from horovod_lm.objectives.options import NEEDS
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def prepare(config: Config, log: Log = print) -> Prepared:
                     Making(unfinished, data, sources, given, log).run()
                 prepared = _open(folder, data, log)
     assert prepared is not None
-    _check_windows(prepared, config)
+    if _cuts_windows(config):
+        check_windows(prepared, config)
     return prepared
 
 
@@ -171,9 +173,17 @@ def _open(folder: Path, data: Data, log: Log) -> Prepared | None:
     return Prepared(folder, Tokenizer.load(tokenizer), sources, manifest)
 
 
-def _check_windows(prepared: Prepared, config: Config) -> None:
+def _cuts_windows(config: Config) -> bool:
+    """Whether an objective reads text in windows: without any it is causal_lm, and pairs of
+    sentences, and what works on their rows, are cut by documents in any case."""
+    owners = [table for table in config.objective if table.on is None]
+    cut = not owners or any(not NEEDS[table.name].outputs for table in owners)
+    return cut and config.batching.kind == "windows"
+
+
+def check_windows(prepared: Prepared, config: Config) -> None:
     """Each split of running text must fill one window, else there is nothing to learn or to judge
-    by."""
+    by. Raises `UserError`."""
     needed = config.model.context + 1
     for source in prepared.sources.values():
         if "text" not in source.train:

@@ -22,7 +22,7 @@ from horovod_lm.backend import (
 )
 from horovod_lm.config import Config, with_keys
 from horovod_lm.data.batches import Batches
-from horovod_lm.data.prepare import Log, Prepared, prepare
+from horovod_lm.data.prepare import Log, Prepared, check_windows, prepare
 from horovod_lm.errors import UserError
 from horovod_lm.objectives.registry import causal_windows
 from horovod_lm.parity.measure import TOLERANCES, UNIT_ROUNDOFF, Squares
@@ -70,6 +70,8 @@ def parity(
     pair = check(names)
     threads = environment.apply(config)
     prepared = prepare(config, log)
+    if not config.objective:
+        check_windows(prepared, config)  # `batch` makes some, whatever the config trains on
     precision = precision or config.train.precision
     left_out: list[str] = []
     config = without_native_dropout(config, left_out)

@@ -256,6 +256,29 @@ def test_a_split_shorter_than_a_window_is_refused(text, cache):
     assert "validation documents have" in refused(cache, text, context=train - 1)
 
 
+MASKED_ON_PAIRS = {"name": "masked_lm", "on": "next_sentence"}
+
+
+@pytest.mark.parametrize(
+    "sections, windows",
+    [
+        ({"batching": {"kind": "packed"}}, False),
+        ({"batching": {"kind": "buckets"}}, False),
+        ({"objective": [{"name": "masked_lm"}]}, True),
+        ({"objective": [{"name": "next_sentence"}, MASKED_ON_PAIRS]}, False),
+    ],
+)
+def test_only_what_is_cut_into_windows_must_fill_one(text, sections, windows):
+    model = {"context": 10_000, "kind": "encoder" if "objective" in sections else "decoder"}
+    data = {"text": [str(text)], "vocabulary": 400}
+    settings = make_config({"model": model, "data": data, **sections}, "test")
+    if windows:
+        with pytest.raises(UserError, match="one window takes"):
+            prepare(settings)
+    else:
+        assert prepare(settings).train.documents.size == 95
+
+
 def test_a_file_that_changes_meanwhile_is_refused(text, cache):
     def log(line):
         if line.startswith("tokenising"):

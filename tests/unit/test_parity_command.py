@@ -21,6 +21,7 @@ text = ["text.txt"]
 documents = "line"
 vocabulary = 257
 """
+LONG_ROWS = ["--set", "batching.kind=packed", "--set", "model.context=10000"]
 BACKENDS = """\
 from horovod_lm.errors import UserError
 from tests.helpers import on_ranks
@@ -139,6 +140,8 @@ def test_a_backend_without_fp64_leaves_the_other_as_referee(run):
         (["--backends", "plain,other", "--rows", "1"], "1 is not in the range x>=2"),
         (["--backends", "plain,other", "--output", "no/such/file"], "--output no/such/file can't"),
         (["--set", "model.laers=3"], "did you mean model.layers?"),
+        # Windows are compared, whatever would be trained on.
+        (["--backends", "plain,other", *LONG_ROWS], "one window takes 10,001"),
     ],
 )
 def test_a_mistake_has_one_message_and_exit_code_2(run, arguments, said):

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 
-from horovod_lm.config import load_config
+from horovod_lm.compare import _of_other_data
+from horovod_lm.config import load_config, make_config
 from horovod_lm.errors import UserError
 from horovod_lm.variants import display_names, make_variants, parse_vary
 
@@ -120,3 +121,10 @@ def test_one_seed_alone_can_be_varied(load):
 def test_a_short_key_is_the_last_part_of_one_key():
     assert parse_vary("norm_placement=pre,post") == ("model.norm_placement", ["pre", "post"])
     assert parse_vary("train.seed = 1, 2") == ("train.seed", [1, 2])
+
+
+def test_data_is_checked_for_every_way_in_which_it_fills_rows():
+    """Text that is too short for a window may be long enough for documents."""
+    kinds = ("packed", "windows", "windows")
+    configs = [make_config({"batching": {"kind": kind}}, "test") for kind in kinds]
+    assert [c.batching.kind for c in _of_other_data(configs)] == ["packed", "windows"]
