@@ -29,6 +29,8 @@ def explain(error: ValidationError, where: str) -> list[str]:
             text = unknown_key(key, sections=True)
         elif fault["type"] == "value_error":
             text = f"{key}: {context['error']}" if key else str(context["error"])
+        elif fault["type"] == "missing":
+            text = f"{key} is missing; it must be {_allowed(fault['loc'])[1]}"
         else:
             field, allowed = _allowed(fault["loc"])
             name = "it" if field == key else field

@@ -156,6 +156,11 @@ def test_a_whole_number_will_do_for_a_real_one(tmp_path):
             "[data]\nvocabulary = 257\ntokenizer = 'wordpiece'",
             "data: vocabulary = 257 is too small; take at least 262",
         ),
+        (
+            "[[data.sources]]\ntext = ['a']",
+            "data.sources.0.name is missing; it must be a string, of 1 to 40 letters, digits, - an",
+        ),
+        ("[[objective]]\nweight = 2", """objective.0.name is missing; it must be "causal_lm" or"""),
         ("steps", "is not valid TOML: "),
         ("[train]\nsteps = 3\nsteps = 4", "is not valid TOML: "),
     ],
