@@ -62,19 +62,19 @@ class Config(Section):
         if not isinstance(values, Mapping):
             return values
         model, data = values.get("model", {}), values.get("data", {})
-        if not isinstance(model, Mapping) or not isinstance(data, Mapping):
+        if not isinstance(model, Mapping):
             return values
         fields = _preset_fields(model)
         usual = fields.pop("vocabulary", 8192)
-        wanted = data.get("vocabulary", usual)
-        if not isinstance(wanted, int):
-            return values
+        own = {key: value for key, value in model.items() if key != "preset"}
+        wanted = data.get("vocabulary", usual) if isinstance(data, Mapping) else None
+        if not isinstance(wanted, int) or isinstance(wanted, bool):  # a fault of [data] alone
+            return {**values, "model": {**fields, **own}}
         if model.get("vocabulary", wanted) != wanted:
             raise ValueError(
                 f"model.vocabulary = {model['vocabulary']} differs from data.vocabulary = "
                 f"{wanted}; set data.vocabulary alone"
             )
-        own = {key: value for key, value in model.items() if key != "preset"}
         return {
             **values,
             "model": {**fields, **own, "vocabulary": wanted},

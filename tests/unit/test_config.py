@@ -174,6 +174,14 @@ def test_a_bad_file_is_refused_with_one_line(tmp_path, text, message):
     assert len(str(caught.value).splitlines()) <= 2
 
 
+@pytest.mark.parametrize("given", ["data.vocabulary = '8k'", "data.vocabulary = true", "data = 3"])
+def test_a_fault_of_the_vocabulary_is_no_fault_of_the_model(tmp_path, given):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, f"{given}\n[model]\npreset = 'gpt2'"))
+    (line,) = str(caught.value).splitlines()
+    assert " is not allowed; it must be " in line and "model" not in line
+
+
 def test_every_fault_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
         load_config(write(tmp_path, "[train]\nsteps = 0\nseed = -1\n[model]\nwidht = 3"))
