@@ -26,7 +26,7 @@ from horovod_lm.objectives.registry import (
     prompt_is_prefix,
 )
 from horovod_lm.objectives.words import decoder_start
-from horovod_lm.run_folder import tokenizer_file
+from horovod_lm.run_folder import TOKENIZER, tokenizer_file
 from horovod_lm.train import make_engine, rank_validation, split_feeds
 
 
@@ -85,7 +85,7 @@ def restore(run: Path, backend: str | None, data: bool = True) -> Restored:
         prepared = prepare(config)
         tokenizer = prepared.tokenizer
     else:
-        tokenizer = _load_tokenizer(own, config)
+        tokenizer = _load_tokenizer(own, run, config)
     imported = read_imported(run)
     if imported is not None and not has_imported_tokenizer(run, imported, config):
         imported = None
@@ -107,8 +107,11 @@ def restore_to_generate(run: Path, backend: str | None) -> Restored:
     return restore(run, backend, data=False)
 
 
-def _load_tokenizer(path: Path, config: Config) -> Tokenizer:
-    mend = "give the run its own, by data.tokenizer in its config.toml"
+def _load_tokenizer(path: Path, run: Path, config: Config) -> Tokenizer:
+    data, mend = config.data, "put there the one that the run was trained with"
+    if path == run / TOKENIZER:
+        again = "made of its text" if data.is_trained else f"taken from {data.tokenizer}"
+        mend += f", or delete it, and it is {again}"
     tokenizer, most = Tokenizer.load(path, mend), config.model.vocabulary
     if tokenizer.vocabulary > most:
         raise UserError(f"{path} has {tokenizer.vocabulary:,} ids, and the model {most:,}; {mend}")

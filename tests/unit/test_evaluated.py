@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from horovod_lm import checkpoint, environment
 from horovod_lm.cli.evaluate import lines
+from horovod_lm.config import make_config, to_toml
 from horovod_lm.console import TrainingConsole
+from horovod_lm.errors import UserError
 from horovod_lm.hooks import evaluated, plain
 from horovod_lm.objectives import LossKind
+from horovod_lm.randomness import initial_weights
+from horovod_lm.restored import restore
 from horovod_lm.tensorboard_log import TensorBoardLog
 
 MASKED = LossKind("masked_lm", sparse=True)
@@ -97,3 +102,29 @@ def test_what_had_no_target_and_what_is_too_large_is_null_in_json():
     made = row([LossKind("lm")], [[9000.0, 8.0, 0.0]])
     assert made["perplexities"] == {"lm": None}
     json.dumps(made, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "damaged", "mend"),
+    [
+        ("bpe", "run/tokenizer.json", ", or delete it, and it is made of its text"),
+        ("given.json", "run/tokenizer.json", ", or delete it, and it is taken from {}/given.json"),
+        ("given.json", "given.json", ""),
+        ("given.json", "run/imported/tokenizer.json", ""),
+    ],
+)
+def test_the_mend_for_a_damaged_tokenizer_is_one(tokenizer, damaged, mend, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "apply", lambda config: 1)
+    given = tokenizer if tokenizer == "bpe" else str(tmp_path / tokenizer)
+    values = {"model": {"width": 8, "layers": 1, "heads": 2}, "data": {"tokenizer": given}}
+    config, run = make_config(values, "test"), tmp_path / "run"
+    engine = checkpoint.EngineState(initial_weights(config.model, 1))
+    checkpoint.save(run / "checkpoints", checkpoint.RunState(1, 1, {}, engine), config, keep=1)
+    (run / "config.toml").write_text(to_toml(config))
+    (run / "imported").mkdir()
+    (tmp_path / damaged).write_text("{")
+    with pytest.raises(UserError) as caught:
+        restore(run, None, data=False)
+    assert f"the tokenizer {tmp_path / damaged} can't be read" in str(caught.value)
+    put = "put there the one that the run was trained with" + mend.format(tmp_path)
+    assert str(caught.value).endswith(put)
