@@ -122,7 +122,9 @@ def _wordpiece(
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normaliser.normalize_str(text))
-    alphabet = sorted(_most_frequent(counts, vocabulary // 4, leave_out=" "))
+    # Each is in the vocabulary twice, and must find room beside the special tokens.
+    most = min(vocabulary // 4, (vocabulary - len(special)) // 2)
+    alphabet = sorted(_most_frequent(counts, most, leave_out=" "))
     within = [f"##{sign}" for sign in alphabet]
 
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))

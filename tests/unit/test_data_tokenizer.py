@@ -184,6 +184,12 @@ def test_without_special_tokens_there_are_none(tokenizer):
     assert not {"mask", "padding", "begin"} & tokenizer.special.keys()
 
 
+def test_wordpiece_keeps_to_the_size_with_many_sentinels_and_signs():
+    signs = "".join(map(chr, range(0x3B1, 0x3B1 + 25))) + "".join(map(chr, range(0x410, 0x4FF)))
+    tokenizer = Tokenizer.train([signs] * 3, 600, "wordpiece", sentinels=300)
+    assert tokenizer.vocabulary <= 600 and len(tokenizer.sentinels) == 300
+
+
 def test_wordpiece_has_what_bert_has():
     tokenizer = Tokenizer.train(TEXTS, 300, "wordpiece")
     names = ("padding", "unknown", "classify", "separate", "mask")
