@@ -203,13 +203,22 @@ def check_unused(output: Path, variants: Sequence[Variant], seeds: int) -> None:
     began is none."""
     folders = [output, *_run_folders(output, variants, seeds)]
     used = any(os.path.exists(folder / STATE) for folder in folders)
-    if (output / REPORT).exists():
-        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
-        used = used or report["state"] in ("running", "finished")
-    if used:
+    if used or _is_kept(output / REPORT):
         raise UserError(
-            f"output.folder = {output} is in use: there is a run in it; give another --output"
+            f"output.folder = {output} is in use: there is a run or a report in it; give another "
+            "--output"
         )
+
+
+def _is_kept(report: Path) -> bool:
+    """Whether a `report.json` may not be written over: one that can't be read may be anybody's."""
+    try:
+        state = json.loads(report.read_text(encoding="utf-8"))["state"]
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+    return state not in ("failed", "stopped")
 
 
 def _run_folders(output: Path, variants: Sequence[Variant], seeds: int) -> list[Path]:

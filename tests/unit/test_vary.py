@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from horovod_lm.compare import _of_other_data
+from horovod_lm.compare import _of_other_data, check_unused
 from horovod_lm.config import load_config, make_config
 from horovod_lm.errors import UserError
 from horovod_lm.variants import display_names, make_variants, parse_vary
@@ -128,3 +128,26 @@ def test_data_is_checked_for_every_way_in_which_it_fills_rows():
     kinds = ("packed", "windows", "windows")
     configs = [make_config({"batching": {"kind": kind}}, "test") for kind in kinds]
     assert [c.batching.kind for c in _of_other_data(configs)] == ["packed", "windows"]
+
+
+@pytest.mark.parametrize(
+    ("report", "used"),
+    [
+        (None, False),
+        ('{"state": "failed"}', False),
+        ('{"state": "stopped"}', False),
+        ('{"state": "running"}', True),
+        ('{"state": "fin', True),
+        ('{"tests": 3}', True),
+        ("[1, 2]", True),
+        ("\x80", True),
+    ],
+)
+def test_a_folder_with_a_report_is_in_use(report, used, tmp_path):
+    if report is not None:
+        (tmp_path / "report.json").write_text(report, encoding="latin-1")
+    if not used:
+        check_unused(tmp_path, [], 1)
+        return
+    with pytest.raises(UserError, match="is in use: there is a run or a report in it; give"):
+        check_unused(tmp_path, [], 1)
