@@ -44,7 +44,7 @@ class TrainingConsole(AbstractContextManager["TrainingConsole"]):
             print(text, flush=True)
 
     def __call__(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "evaluation" and row["loss"] is not None:
+        if row["kind"] == "evaluation" and any(x is not None for x in row["losses"].values()):
             self.say(f"step {row['step']}: validation loss {_evaluation(row)}")
         if row["kind"] != "step":
             return
@@ -84,12 +84,16 @@ def _evaluation(row: dict[str, Any]) -> str:
         parts = [f"{name} {figure}"]
         if len(losses) == 1:
             parts = [f"{figure} nats per {'token' if row['perplexities'] else 'sequence'}"]
-        if name in row["perplexities"]:
+        if loss is not None and name in row["perplexities"]:
             parts.append(f"perplexity {row['perplexities'][name] or float('inf'):.1f}")
         if row["accuracies"][name] is not None:
             parts.append(f"accuracy {100 * row['accuracies'][name]:.1f}%")
         more.append(", ".join(parts))
-    return more[0] if len(more) == 1 else f"{row['loss']:.4f} nats ({'; '.join(more)})"
+    if len(more) == 1:
+        return more[0]
+    # One that had no target leaves the sum without a meaning, and not the others.
+    whole = "" if row["loss"] is None else f"{row['loss']:.4f} nats "
+    return f"{whole}({'; '.join(more)})"
 
 
 def _skipped(row: dict[str, Any]) -> str:

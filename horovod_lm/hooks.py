@@ -20,6 +20,7 @@ from horovod_lm.data.cache import replace
 from horovod_lm.drift import compare_replicas
 from horovod_lm.loop import Run, overflow_of
 from horovod_lm.objectives import LossKind
+from horovod_lm.run_folder import plain
 from horovod_lm.sketch import sketch
 
 Sink = Callable[[dict[str, Any]], None]  # takes a row of metrics
@@ -178,13 +179,6 @@ def evaluated(
         "targets": {kind.name: int(row[1]) for kind, row in zip(kinds, sums, strict=True)},
         "tokens": int(sums[:, 1].sum()),
     }
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it, without inf and nan: null."""
-    if isinstance(value, Mapping):
-        return {name: plain(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def total_loss(losses: Mapping[str, float], factors: Mapping[str, float]) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,13 @@ def carry_over(source: Path, folder: Path) -> None:
         ) from error
 
 
+def plain(value: Any) -> Any:
+    """As JSON has it, without inf and nan: null."""
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RunRecord:
     """`run.json`, written anew as a whole whenever something changes; rank 0 alone has one. A run
     that is resumed keeps what it had reached."""
@@ -125,7 +134,7 @@ class RunRecord:
     def update(self, **values: Any) -> None:
         """Change `values` and write the file, atomically."""
         self.values |= values
-        text = json.dumps(self.values, indent=1) + "\n"
+        text = json.dumps(plain(self.values), indent=1, allow_nan=False) + "\n"
         temporary = self._path.with_suffix(".tmp")
         try:
             temporary.write_text(text, encoding="utf-8")

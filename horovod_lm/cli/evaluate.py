@@ -37,7 +37,7 @@ def command(run: Path, backend: str | None, as_json: bool) -> None:
     if as_json:
         import json
 
-        from horovod_lm.hooks import plain
+        from horovod_lm.run_folder import plain
 
         click.echo(json.dumps(plain(result)))
         return

@@ -14,10 +14,11 @@ from horovod_lm.cli.evaluate import lines
 from horovod_lm.config import make_config, to_toml
 from horovod_lm.console import TrainingConsole
 from horovod_lm.errors import UserError
-from horovod_lm.hooks import evaluated, plain
+from horovod_lm.hooks import evaluated
 from horovod_lm.objectives import LossKind
 from horovod_lm.randomness import initial_weights
 from horovod_lm.restored import restore
+from horovod_lm.run_folder import plain
 from horovod_lm.tensorboard_log import TensorBoardLog
 
 MASKED = LossKind("masked_lm", sparse=True)
@@ -93,6 +94,15 @@ def test_one_loss_over_sequences_is_none_of_tokens(capsys, tmp_path):
     (line,) = lines(made)
     assert line.endswith("0.5000 nats per sequence, accuracy 75.0%, over 8 sequences")
     assert sorted(tags(made, tmp_path)) == ["validation/accuracy", "validation/loss"]
+
+
+def test_a_loss_without_a_target_does_not_hide_the_others(capsys):
+    made = row([MASKED, NEXT], [[0.0, 0.0, 0.0], SEQUENCES])
+    assert made["loss"] is None
+    assert said(made, capsys) == (
+        "step 7: validation loss (masked_lm nan; next_sentence 0.5000, accuracy 75.0%)\n"
+    )
+    assert said(row([MASKED], [[0.0, 0.0, 0.0]]), capsys) == ""
 
 
 def test_what_had_no_target_and_what_is_too_large_is_null_in_json():
