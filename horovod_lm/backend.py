@@ -178,9 +178,10 @@ class Engine(Protocol):
         losses to theirs; dropout is on, with masks of (seed, step, site, row)."""
 
     def reduce_gradients(self, status: int = 0) -> Reduced:
-        """Sum accumulated gradients and losses over the ranks by ring-allreduce in fp32, undo the
-        loss scale, and empty the accumulator. `status` is this rank's; OVERFLOW is added here.
-        A rank without a micro-batch takes part with zeros."""
+        """Sum accumulated gradients and losses over the ranks by ring-allreduce, in fp64 in a run
+        of that precision and otherwise in fp32, undo the loss scale, and empty the accumulator.
+        `status` is this rank's; OVERFLOW is added here. A rank without a micro-batch takes part
+        with zeros."""
 
     def apply_gradients(self, learning_rate: float, clip: float | None) -> None:
         """One optimizer update with the reduced gradient, scaled by min(1, clip / norm)."""

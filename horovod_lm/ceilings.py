@@ -117,8 +117,8 @@ def bytes_per_token(spec: ModelSpec, half: int) -> dict[str, float]:
 
 
 def optimizer_bytes(spec: ModelSpec, optimizer: str) -> float:
-    """The bytes of an update: the norm reads the gradient, the update reads it again, and reads and
-    writes weights and moments, all in fp32."""
+    """The bytes of an update at 4 an element, as in all precisions but fp64: the norm reads the
+    gradient, the update reads it again, and reads and writes weights and moments."""
     moments = moment_size(optimizer, {p.name: p.shape for p in spec.parameters})
     return 4.0 * (4 * spec.size + 2 * moments)
 

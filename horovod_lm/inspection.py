@@ -123,8 +123,9 @@ def micro_batch_rows(config: Config, ranks: int) -> int:
 def plan(config: Config, ranks: int, training_tokens: int) -> dict[str, Any]:
     """What a run of `config` on `ranks` ranks will do with a corpus of `training_tokens`.
 
-    FLOPs are those of all ranks; memory is bytes of one rank; checkpoints are fp32 weights and
-    moments, one of them unfinished beside those that are kept.
+    FLOPs are those of all ranks; memory is bytes of one rank; checkpoints are weights and moments,
+    fp64 in a run of that precision and otherwise fp32, one of them unfinished beside those that are
+    kept.
     """
     spec, settings = config.model, config.train
     tokens = settings.global_batch_size * spec.context
