@@ -58,7 +58,10 @@ class ConvertTools:
         module.serve = serve
         # The gradients that the layers define would need their code again.
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        tf.saved_model.save(module, str(target), signatures=serve, options=options)
+        try:
+            tf.saved_model.save(module, str(target), signatures=serve, options=options)
+        except tf.errors.OpError as error:  # a full disk, for one
+            raise OSError(None, error.message) from error
 
 
 _MOST_MASKS = 2**28  # bytes; a graph must stay under 2 GiB

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from horovod_lm.convert import tensors
-from horovod_lm.errors import UserError
+from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.spec import ModelSpec
 
 
@@ -51,6 +51,11 @@ class ConvertTools:
             tensors.write(target, header, data)
         except ValueError as error:
             raise UserError(f"{source} has no plain names of tensors: {error}") from None
+        except OSError as error:
+            raise RunFailed(
+                f"the weights of {source} can't be written to {target.parent} on their way: "
+                f"{(error.strerror or str(error)).lower()}; set TMPDIR to a folder with room"
+            ) from error
 
     def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
         """Refuse: a SavedModel is TensorFlow's own."""

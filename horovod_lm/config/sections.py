@@ -96,7 +96,9 @@ class Data(_Corpus):
         Field(strict=False),
     ] = Field((), description="special tokens of a trained tokenizer; wordpiece has BERT's")
     sentinels: int = Field(0, ge=0, le=10_000, description="<extra_id_...> of a trained tokenizer")
-    vocabulary: int = Field(8192, ge=257, le=2**20, description="size of the trained tokenizer")
+    vocabulary: int = Field(
+        8192, ge=2, le=2**20, description="token ids; at least 257 of a trained tokenizer"
+    )
     validation_fraction: float = Field(
         0.05, gt=0, lt=1, description="share of documents, the last ones, kept for validation"
     )
@@ -130,6 +132,11 @@ class Data(_Corpus):
             raise ValueError(
                 f"{own[0]} is for a tokenizer that is trained here; that of {self.tokenizer} is "
                 f"taken as it is, so leave {own[0]} out"
+            )
+        if self.is_trained and self.vocabulary < 257:
+            raise ValueError(
+                f"vocabulary = {self.vocabulary} is too small for a tokenizer that is trained; "
+                "take at least 257, for the bytes and the end of a text"
             )
         # The bytes, the end of a text, and what WordPiece has beside them.
         least = 262 + len(self.special) + self.sentinels

@@ -20,9 +20,12 @@ from horovod_lm.spec import Kind, ModelSpec
 _ENCODER = {"kind": "encoder", "norm_placement": "post", "key_bias": True}
 
 
-def _classifier(config: Values, shapes: Shapes, theirs: str = "classifier") -> list[Json]:
-    over = "token" if config.architecture.endswith("ForTokenClassification") else "sequence"
-    return task_head(shapes, theirs, "classifier", over)
+def _classifier(config: Values, shapes: Shapes, beside: str) -> list[Json]:
+    """The classifier. Where no architecture is named, one over sequences is known by the layer
+    `beside` it."""
+    what = config.architecture
+    token = what.endswith("ForTokenClassification") if what else f"{beside}.weight" not in shapes
+    return task_head(shapes, "classifier", "classifier", "token" if token else "sequence")
 
 
 def _architecture(spec: ModelSpec, family: str) -> str:
@@ -40,8 +43,13 @@ def _architecture(spec: ModelSpec, family: str) -> str:
 
 
 def _faults(spec: ModelSpec) -> list[str]:
-    """Heads over sequences stand on a pooler, and the output layer behind a transform."""
-    found = []
+    """Heads over sequences stand on a pooler, the output layer behind a transform, and some heads
+    have two outputs."""
+    found = [
+        f"{head.outputs} outputs of the head {head.name}, which has 2 there"
+        for head in spec.task_heads
+        if head.name in ("next_sentence", "qa_outputs") and head.outputs != 2
+    ]
     if not spec.pooler and any(head.over == "sequence" for head in spec.task_heads):
         found.append("pooler = False under a head over sequences")
     if not spec.head_transform and (spec.head_bias or not spec.tied):
@@ -114,7 +122,7 @@ class Bert:
             "head_bias": "cls.predictions.bias" in shapes or f"{self.head}.bias" in shapes,
             "task_heads": [
                 *task_head(shapes, "cls.seq_relationship", "next_sentence", "sequence"),
-                *_classifier(config, shapes),
+                *_classifier(config, shapes, "bert.pooler.dense"),
                 *task_head(shapes, "qa_outputs", "qa_outputs", "token"),
             ],
         }
@@ -204,7 +212,7 @@ class Roberta(Bert):
         if dense:
             found = task_head(shapes, "classifier.out_proj", "classifier", over)
         else:
-            found = _classifier(config, shapes)
+            found = _classifier(config, shapes, "roberta.pooler.dense")
         return {
             "pooler": "roberta.pooler.dense.weight" in shapes or dense,
             "head_transform": transform,
@@ -264,7 +272,7 @@ class DistilBert:
             "head_transform": "vocab_transform.weight" in shapes,
             "head_bias": f"{self.head}.bias" in shapes,
             "task_heads": [
-                *_classifier(config, shapes),
+                *_classifier(config, shapes, "pre_classifier"),
                 *task_head(shapes, "qa_outputs", "qa_outputs", "token"),
             ],
         }

@@ -202,8 +202,8 @@ def task_head(shapes: Shapes, theirs: str, name: str, over: str) -> list[Json]:
 def is_tied(config: Values, shapes: Shapes, head: str, default: bool) -> bool:
     """Whether there is one matrix for embedding and output."""
     tied = config.flag("tie_word_embeddings", default)
-    # A bare model has no output layer, and so none of its own.
-    bare = config.architecture.endswith("Model") or not config.architecture
+    # A bare model and a classifier have no output layer, and so none of their own.
+    bare = not config.architecture.endswith(("LM", "LMHeadModel", "ForPreTraining"))
     return tied or (bare and head not in shapes)
 
 

@@ -303,7 +303,7 @@ def _identity(spec: ModelSpec) -> dict[str, Any]:
         "head_transform": spec.head_transform, "head_bias": spec.head_bias,
         "pooler": spec.pooler, "segments": spec.segments,
         "position_offset": spec.position_offset,
-        "task_heads": [(head.name, head.outputs, head.over) for head in spec.task_heads],
+        "task_heads": sorted((head.name, head.outputs, head.over) for head in spec.task_heads),
     }  # fmt: skip
     if spec.positions == "rotary":
         values["rotary_base"] = spec.rotary_base

@@ -84,7 +84,7 @@ class Llama:
             "attention_bias": spec.bias,
             "mlp_bias": spec.bias,
             "attention_dropout": spec.attention_dropout,
-            "initializer_range": spec.initial_std,
+            "initializer_range": min(spec.initial_std, 1.0),  # more is refused there
             "tie_word_embeddings": spec.tied,
         }
 
@@ -110,5 +110,7 @@ class Llama:
         ]
 
     def faults(self, spec: ModelSpec) -> list[str]:
-        """Nothing."""
+        """What makes it another model, or one that its config class refuses."""
+        if spec.width % spec.heads:
+            return [f"heads = {spec.heads} that do not divide width = {spec.width}"]
         return []

@@ -18,10 +18,12 @@ from pydantic import ValidationError
 from horovod_lm.backend import EngineSettings, EngineState
 from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.run import export_run, import_run
+from horovod_lm.convert.saved_model import export_saved_model
 from horovod_lm.data.cache import building, cache_folder, locked
 from horovod_lm.decode import generate
-from horovod_lm.errors import UserError
+from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.spec import ModelSpec
+from tests.helpers import full_disk
 from tests.parity.compare import difference, within
 from tests.parity.conftest import starting_weights
 
@@ -511,6 +513,21 @@ def test_a_legacy_file_of_any_kind_is_read_or_refused(backends, tmp_path):
         torch.save(what, path)
         with pytest.raises(UserError, match=r"not a table of tensors|not a tensor with a name"):
             read(path, target)
+
+
+def test_a_full_disk_ends_a_conversion_with_its_cause(backends, tmp_path):
+    import torch
+
+    torch.save({"one": torch.ones(1000)}, tmp_path / "pytorch_model.bin")
+    read = backends[0][0].convert().legacy_weights
+    with full_disk(2000), pytest.raises(RunFailed, match=r"too large; set TMPDIR to a folder with"):
+        read(tmp_path / "pytorch_model.bin", tmp_path / "out.safetensors")
+    make("bert bare").save_pretrained(tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "run")
+    message = r"saved can't be written: .*; nothing is left there"
+    with full_disk(2000), pytest.raises(RunFailed, match=message):
+        export_saved_model(tmp_path / "run", tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 WITHOUT_US = """

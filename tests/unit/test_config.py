@@ -153,6 +153,10 @@ def test_a_whole_number_will_do_for_a_real_one(tmp_path):
             "data: vocabulary = 300 has no room for sentinels = 100; it must be at least 362",
         ),
         (
+            "[data]\nvocabulary = 256",
+            "data: vocabulary = 256 is too small for a tokenizer that is trained; take",
+        ),
+        (
             "[data]\nvocabulary = 257\ntokenizer = 'wordpiece'",
             "data: vocabulary = 257 is too small; take at least 262",
         ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import struct
 import subprocess
 import sys
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import carry_over, claim, tokenizer_file
 from horovod_lm.spec import ModelSpec
+from tests.helpers import full_disk
 
 SMALL = {"vocabulary": 300, "context": 12, "width": 8, "layers": 2, "heads": 2}
 ENCODER = {
@@ -492,12 +493,51 @@ def test_a_model_that_no_family_has(tmp_path):
         ("bert bare", {"head_bias": True}, "head_transform = False with head_bias = True"),
         ("bert bare", {"tied": False}, "head_transform = False with tied = False"),
         ("distilbert", {"task_heads": [{"name": "classifier", "outputs": 3}]}, "pooler = False"),
+        ("bert", {"task_heads": [{**NEXT, "outputs": 3}]}, "3 outputs of the head next_sentence"),
+        (
+            "distilbert",
+            {"task_heads": [{"name": "qa_outputs", "outputs": 3, "over": "token"}]},
+            "3 outputs of the head qa_outputs, which has 2 there",
+        ),
+        ("llama", {"width": 9, "head_size": 4}, "heads = 2 does not divide width = 9"),
     ],
 )
 def test_a_head_that_transformers_has_otherwise_is_refused(name, changes, fault):
     """It would open there, with layers of its own in between."""
     with pytest.raises(UserError, match=fault):
         hf.plan(ModelSpec(**{**SPECS[name], **changes}))
+
+
+@pytest.mark.parametrize("heads", list(permutations(["next_sentence", "classifier"])))
+def test_the_order_of_heads_makes_no_other_model(heads):
+    table = [{"name": name, "outputs": 2} for name in heads]
+    assert hf.plan(ModelSpec(**{**SPECS["bert"], "task_heads": table})).family.name == "bert"
+
+
+@pytest.mark.parametrize("name", ["bert tokens", "bert", "roberta classifier"])
+@pytest.mark.parametrize(
+    "changes", [{"architectures": None}, {"tie_word_embeddings": False}], ids=["unnamed", "untied"]
+)
+def test_a_classifier_has_no_output_layer_of_its_own(name, changes, tmp_path):
+    """Nor needs `config.json` say what it is."""
+    heads = [{"name": "classifier", "outputs": 5, "over": "token"}]
+    fields = {**SPECS[name], "head_transform": False, "head_bias": False}
+    if name != "roberta classifier":
+        over = "token" if name == "bert tokens" else "sequence"
+        fields["task_heads"] = [{**heads[0], "over": over}]
+    spec = ModelSpec(**fields)
+    write(tmp_path / "hf", spec)
+    set_config(**changes)(tmp_path / "hf")
+    read = hf.read_model(tmp_path / "hf").spec
+    assert (read.task_heads, read.tied) == (spec.task_heads, True)
+
+
+def test_a_model_of_few_tokens_becomes_a_run(tmp_path):
+    """As one over amino acids, with its own tokenizer."""
+    write(tmp_path / "hf", ModelSpec(**{**SPECS["bert"], "vocabulary": 30}))
+    config = import_run(tmp_path / "hf", tmp_path / "run")
+    assert config.model.vocabulary == load_config(tmp_path / "run" / "config.toml").model.vocabulary
+    assert config.model.vocabulary == 30
 
 
 def test_an_encoder_without_a_transform_says_that_it_goes_without_its_output(tmp_path):
@@ -880,14 +920,10 @@ def test_a_conversion_that_ends_early_leaves_nothing(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("size", [500, 8000])
 def test_a_full_disk_is_a_failed_run(direction, size, bert, imported, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     before = tree(tmp_path)
-    try:
-        with pytest.raises(RunFailed, match="new can't be written: file too large; nothing is le"):
-            convert(direction, bert, imported, tmp_path / "new")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = "new can't be written: file too large; nothing is left there"
+    with full_disk(size), pytest.raises(RunFailed, match=message):
+        convert(direction, bert, imported, tmp_path / "new")
     assert tree(tmp_path) == before
 
 
