@@ -99,6 +99,8 @@ def plain(value: Any) -> Any:
     """As JSON has it, without inf and nan: null."""
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -142,10 +142,11 @@ def test_a_full_disk_is_reported_once(tmp_path):
 
 def test_the_record_of_a_run_is_plain_json(tmp_path):
     record = RunRecord(tmp_path, make_config({}, "the test"))
-    record.update(loss=math.nan, validation_loss=math.inf, memory_mib={"largest": math.nan})
+    largest = {"largest": math.nan, "all": [1.0, math.inf]}
+    record.update(loss=math.nan, validation_loss=math.inf, memory_mib=largest)
     found = json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)
     assert (found["loss"], found["validation_loss"]) == (None, None)
-    assert found["memory_mib"] == {"largest": None}
+    assert found["memory_mib"] == {"largest": None, "all": [1.0, None]}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
