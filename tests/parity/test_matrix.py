@@ -9,6 +9,8 @@ since tracing one model takes longer than everything else with it; some models r
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -230,6 +232,43 @@ def test_recomputing_changes_nothing(backends, kind, generator):
             gradients.append(engine.gradients())
         for name, gradient in gradients[0].items():
             assert np.array_equal(gradients[1][name], gradient), (backend.name, name)
+
+
+@pytest.mark.parametrize("kind", AXES["kind"])
+def test_recomputing_calls_each_block_twice(backends, kind):
+    """The test above would pass, too, if nothing were recomputed."""
+    choice = CHOICES[0] | {"kind": kind, "mask": "none", "inputs": "tokens", "dropout": 0.2}
+    spec = spec_of(choice)
+    micro = micro_batch_of(spec, choice)
+    names = tuple(loss.name for loss in micro.losses)
+    for (backend, communicator), recompute in itertools.product(backends, (False, True)):
+        chosen = EngineSettings(seed=SEED, loss_names=names, recompute=recompute)
+        engine = backend.engine(spec, chosen, communicator)
+        engine.load_state(EngineState(moved_weights(spec, SEED)))
+        calls: Counter[str] = Counter()
+        for stack in spec.stacks:
+            for index, block in enumerate(stack_of(engine, stack).blocks):
+                count_activations(block.feed_forward, calls, f"{stack}.{index}")
+        with without_graphs():
+            engine.forward_backward(micro, STEP, 1.0)
+        blocks = [f"{stack}.{index}" for stack, n in spec.stacks.items() for index in range(n)]
+        assert calls == dict.fromkeys(blocks, 1 + recompute), (backend.name, recompute)
+
+
+def stack_of(engine: Any, name: str) -> Any:
+    """PyTorch's modules are attributes, Keras keeps a dictionary."""
+    stacks = getattr(engine.model, "stacks", None)
+    return getattr(engine.model, name) if stacks is None else stacks[name]
+
+
+def count_activations(feed_forward: Any, calls: Counter[str], name: str) -> None:
+    activation = feed_forward.activation
+
+    def counted(x):
+        calls[name] += 1
+        return activation(x)
+
+    feed_forward.activation = counted
 
 
 LONGER = [choice | {"precision": "fp32"} for choice in CHOICES[4::8]]
