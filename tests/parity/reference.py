@@ -3,9 +3,10 @@ of `horovod_lm.spec`, `.backend` and `.randomness`: what both backends are measu
 stands on no framework, and has nothing of either backend.
 
 What it takes from the product, as both backends do, so that a mistake there is one in all three:
-tables of positions, buckets of distances and slopes, what follows from a spec (its parameters,
-scales, widths and stacks; tests/unit/test_spec.py), and the words and masks of dropout
-(tests/unit/test_dropout_masks.py), all of which those tests hold against formulas of their own.
+tables of positions, buckets of distances, slopes, and what follows from a spec, such as parameters,
+scales and widths (by hand and by other formulas in tests/unit/test_spec.py); the words and masks of
+dropout (their integers in tests/unit/test_randomness.py, whether they are random enough in
+tests/unit/test_dropout_masks.py).
 
 Letters: B rows, L queries, M keys, H heads, K head width, D width, V outputs.
 """
