@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "output": ("tied", "scaled", "untied"),
     "head": ("plain", "bias", "transform"),
     "inputs": ("tokens", "segments", "pooler"),
-    "mask": ("none", "padding", "packed", "prefix"),
+    "mask": ("none", "padding", "packed", "prefix", "packed-prefix"),
     "loss": ("plain", "smoothed", "gathered", "heads"),
     "dropout": (0.0, 0.2),
     "odd": (False, True),
@@ -47,7 +47,9 @@ FORBIDDEN: set[frozenset[tuple[str, Any]]] = {
         (("kind", "decoder"), ("inputs", "pooler")),
         (("kind", "encoder-decoder"), ("inputs", "pooler")),
         (("kind", "encoder"), ("mask", "prefix")),
+        (("kind", "encoder"), ("mask", "packed-prefix")),
         (("inputs", "pooler"), ("mask", "prefix")),
+        (("inputs", "pooler"), ("mask", "packed-prefix")),
     ]
 }
 
@@ -117,6 +119,17 @@ def _next_choice(wanted: Counter[Pair], chance: random.Random) -> dict[str, Any]
     return best[1]
 
 
+def spread(choices: Sequence[Choice], axes: Iterable[str] = tuple(AXES)) -> list[Choice]:
+    """A few of `choices` that between them have every value of each of `axes` that any of them has:
+    each time the one that brings most that is not there yet."""
+    wanted = {(axis, choice[axis]) for choice in choices for axis in axes}
+    found: list[Choice] = []
+    while wanted:
+        found.append(max(choices, key=lambda choice: len(wanted & set(choice.items()))))
+        wanted -= set(found[-1].items())
+    return found
+
+
 def name_of(choice: Choice) -> str:
     """For a test: what is not the first value of its axis, and the kind."""
     parts = [choice["kind"]]
@@ -179,12 +192,14 @@ def inputs_of(spec: ModelSpec, mask: str, seed: int) -> dict[str, np.ndarray]:
         ends = length - np.arange(ROWS)[:, None] * 2
         if mask == "padding":
             inputs[f"{name}blocks"] = place < ends
-        elif mask == "packed":
+        elif mask in ("packed", "packed-prefix"):
             first = 3 + np.arange(ROWS)[:, None]
             inputs[f"{name}blocks"] = (1 + (place >= first)) * (place < ends)
             inputs[f"{name}positions"] = np.where(place < first, place, place - first)
-        elif mask == "prefix" and not name:
+        if not name and mask == "prefix":
             inputs["prefix"] = place < 1 + 2 * np.arange(ROWS)[:, None]
+        elif not name and mask == "packed-prefix":  # two tokens of each sequence
+            inputs["prefix"] = (inputs["positions"] < 2) * (inputs["blocks"] > 0)
     return {name: array.astype(np.int32) for name, array in inputs.items()}
 
 
@@ -194,14 +209,21 @@ def micro_batch_of(spec: ModelSpec, choice: Choice, seed: int = 5) -> MicroBatch
     generator = np.random.default_rng(seed + 1)
     inputs = inputs_of(spec, choice["mask"], seed)
     real = inputs.get("blocks", np.ones_like(inputs["tokens"])) > 0
-    smoothed = choice["loss"] == "smoothed"
+    smoothing, z_loss = (0.1, 1e-2) if choice["loss"] == "smoothed" else (0.0, 0.0)
     positions = None
     if choice["loss"] == "gathered":
         # In any order and one of them twice, as filler of a row with fewer targets.
         positions = np.array([[5, 0, 2, 5], [1, 3, 0, 4], [2, 4, 1, 0]], dtype=np.int32)
         real = np.take_along_axis(real, positions, 1)
 
-    def loss(name: str, outputs: int, shape: tuple[int, ...], factor: float) -> Loss:
+    def loss(
+        name: str,
+        outputs: int,
+        shape: tuple[int, ...],
+        factor: float,
+        smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Loss:
         targets = generator.integers(0, outputs, shape).astype(np.int32)
         weights = generator.choice([0.0, 0.5, 1.0], shape, p=[0.2, 0.3, 0.5])
         weights.flat[0] = 1.0
@@ -210,12 +232,12 @@ def micro_batch_of(spec: ModelSpec, choice: Choice, seed: int = 5) -> MicroBatch
         return Loss(
             name, name, targets, weights.astype(np.float32), 1.5 * float(weights.sum()), factor,
             positions=positions if name == "lm" else None,
-            smoothing=0.1 if smoothed else 0.0, z_loss=1e-2 if smoothed else 0.0,
+            smoothing=smoothing, z_loss=z_loss,
         )  # fmt: skip
 
-    losses = [loss("lm", spec.vocabulary, real.shape, 1.0)]
-    if spec.task_heads:
-        losses.append(loss("label", 3, (ROWS,), 0.5))
-        losses.append(loss("tag", 5, real.shape, 2.0))
+    losses = [loss("lm", spec.vocabulary, real.shape, 1.0, smoothing, z_loss)]
+    if spec.task_heads:  # with either addition alone, which "smoothed" has together
+        losses.append(loss("label", 3, (ROWS,), 0.5, smoothing=0.2))
+        losses.append(loss("tag", 5, real.shape, 2.0, z_loss=2e-2))
     rows = np.array([4, 0, 7], dtype=np.int64)
     return MicroBatch(inputs, rows, tuple(losses))

@@ -1,6 +1,12 @@
 """Every Transformer of a `ModelSpec` written once more, plainly, in fp64 on NumPy, from the words
 of `horovod_lm.spec`, `.backend` and `.randomness`: what both backends are measured against. It
-shares no code with them, and stands on no framework.
+stands on no framework, and has nothing of either backend.
+
+What it takes from the product, as both backends do, so that a mistake there is one in all three:
+tables of positions, buckets of distances, slopes, and what follows from a spec, such as parameters,
+scales and widths (by hand and by other formulas in tests/unit/test_spec.py); the words and masks of
+dropout (their integers in tests/unit/test_randomness.py, whether they are random enough in
+tests/unit/test_dropout_masks.py).
 
 Letters: B rows, L queries, M keys, H heads, K head width, D width, V outputs.
 """
@@ -82,6 +88,7 @@ class Reference:
         self.spec = spec
         self.parameters = {name: Tensor(array) for name, array in weights.items()}
         self.losses: dict[str, float] = {}
+        self._passes: Mapping[str, np.ndarray] = {}
 
     def hidden(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """By stack, (B, L, D), and `pooled` (B, D) where there is a pooler."""
@@ -96,8 +103,16 @@ class Reference:
         """(B, L, V), or (B, V) of a head over sequences."""
         return self._head(self._states(inputs, words or {}), head, None).value
 
-    def loss(self, micro: MicroBatch, words: Words | None = None) -> float:
-        """The sum over the losses of factor x sum(weights x l) / normaliser."""
+    def loss(
+        self,
+        micro: MicroBatch,
+        words: Words | None = None,
+        passes: Mapping[str, np.ndarray] | None = None,
+    ) -> float:
+        """The sum over the losses of factor x sum(weights x l) / normaliser. `passes` says, by the
+        name of a layer, where its activation, a ReLU, lets through what it is given, rather than
+        where that is over 0: rounding moves some of it to the other side."""
+        self._passes = passes or {}
         states = self._states(micro.inputs, words or {})
         total = Tensor(0.0)
         for loss in micro.losses:
@@ -145,8 +160,8 @@ class Reference:
             return self._linear(x, f"heads.{head}")
         x = x * self.spec.output_scale
         if self.spec.head_transform:
-            activation = ACTIVATIONS[self.spec.activation]
-            x = self._norm(activation(self._linear(x, "heads.lm.transform")), "heads.lm.norm")
+            x = self._activation(self._linear(x, "heads.lm.transform"), "heads.lm")
+            x = self._norm(x, "heads.lm.norm")
         if self.spec.tied:
             x = x @ self.parameters["embeddings.tokens"].swapaxes(0, 1)
         else:
@@ -296,10 +311,15 @@ class Reference:
         return concatenate([a * cosines - b * sines, b * cosines + a * sines], -1)
 
     def _feed_forward(self, x: Tensor, stack: str, index: int) -> Tensor:
-        name, activation = f"{stack}.{index}.feed_forward", ACTIVATIONS[self.spec.activation]
+        name = f"{stack}.{index}.feed_forward"
         up = self._linear(x, f"{name}.up")
         if self.spec.gated:
-            inner = activation(self._linear(x, f"{name}.gate")) * up
+            inner = self._activation(self._linear(x, f"{name}.gate"), name) * up
         else:
-            inner = activation(up)
+            inner = self._activation(up, name)
         return self._linear(inner, f"{name}.down")
+
+    def _activation(self, x: Tensor, name: str) -> Tensor:
+        if name in self._passes:
+            return where(self._passes[name].reshape(x.shape), x, 0.0)
+        return ACTIVATIONS[self.spec.activation](x)

@@ -125,6 +125,31 @@ def test_alone_padded_and_packed_give_the_same(model):
         within(f"logits of a sequence, {name}, padded to alone", apart, 1e-5)
 
 
+PREFIXES = (2, 4, 0)  # of the sequences
+
+
+def test_prefixes_alone_padded_and_packed(model):
+    """A prefix is seen by its own sequence and by no other one of the row."""
+    spec, engines = model
+    if "decoder" not in spec.stacks:
+        pytest.skip("only a decoder has a prefix")
+    alone = sequences(spec)
+    plain = [engines["reference"].logits(one)[0] for one in alone]
+    for inputs, prefix in zip(alone, PREFIXES, strict=True):
+        inputs["prefix"] = (np.arange(inputs["tokens"].shape[1])[None] < prefix).astype(np.int32)
+    expected = [engines["reference"].logits(one)[0] for one in alone]
+    for prefix, one, two in zip(PREFIXES, plain, expected, strict=True):
+        assert np.array_equal(one, two) == (prefix == 0)
+    for name, engine in engines.items():
+        together, shared = engine.logits(padded(alone, 7)), engine.logits(packed(alone, 7))
+        for index, (row, part) in enumerate(places()):
+            one = engine.logits(alone[index])[0]
+            given = (one, together[index, : LENGTHS[""][index]], shared[row, part])
+            for arranged, array in zip(("alone", "padded", "packed"), given, strict=True):
+                title = f"logits with a prefix, {name}, {arranged} to reference"
+                within(title, difference(array, expected[index]), 1e-5)
+
+
 def test_padding_has_no_influence_at_all(model):
     spec, engines = model
     alone = sequences(spec)

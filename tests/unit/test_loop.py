@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from horovod_lm.backend import INTERRUPT, STOP, EngineState
+from horovod_lm.backend import INTERRUPT, STOP, EngineSettings, EngineState
 from horovod_lm.config import make_config
 from horovod_lm.data.batches import Batches
 from horovod_lm.errors import CollectiveFailed, RunFailed
 from horovod_lm.loop import PARTS, Clock, Run, train_steps
 from horovod_lm.loss_scale import LossScaler
 from horovod_lm.objectives.registry import causal_windows
-from horovod_lm.train import listening
+from horovod_lm.train import listening, loss_names, make_engine
 from tests.helpers import on_ranks
 from tests.numpy_backend import TABLE, NumpyEngine
 
@@ -338,3 +338,29 @@ def test_numpy_engine_is_a_whole_engine():
     step[3, 4] = 2**-7
     slope = (loss(table + step) - loss(table - step)) / 2**-6
     assert gradient[3, 4] == pytest.approx(slope, rel=1e-3)
+
+
+def test_an_engine_gets_the_settings_of_its_config():
+    """Each of them, set to what is not the default."""
+    train = {"precision": "fp64", "seed": 5, "dropout_generator": "native", "recompute": True}
+    adam = {"name": "adam", "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3}
+    sgd = {"name": "sgd", "momentum": 0.7, "weight_decay": 0.3}
+    objectives = [{"name": "causal_lm"}, {"name": "prefix_lm"}]
+
+    class Backend:
+        def engine(self, *given):
+            return given
+
+    left = vars(EngineSettings()).copy()
+    for optimizer in (adam, sgd):
+        values = {"train": train, "optimizer": optimizer, "objective": objectives}
+        config = make_config(values, "the test")
+        spec, settings, communicator = make_engine(config, Backend(), "communicator")
+        assert (spec, communicator) == (config.model, "communicator")
+        expected = {"loss_names": loss_names(config), **train, **optimizer}
+        expected["optimizer"] = expected.pop("name")
+        for name, value in expected.items():
+            assert getattr(settings, name) == value != getattr(EngineSettings(), name), name
+            left.pop(name, None)
+    assert not left, "settings that are as they were"
+    assert make_engine(config, Backend(), None, "bf16")[1].precision == "bf16"

@@ -18,6 +18,7 @@ from tests.parity.matrix import (
     pairs,
     pairs_of,
     spec_of,
+    spread,
 )
 from tests.parity.reference import Reference
 
@@ -31,6 +32,19 @@ def test_every_pair_that_can_go_together_is_there_three_times():
     assert len(CHOICES) >= 60
     assert len({name_of(choice) for choice in CHOICES}) == len(CHOICES)
     assert covering(3) == CHOICES
+
+
+def test_a_spread_of_choices_has_every_value():
+    some = spread(CHOICES)
+    for axis, values in AXES.items():
+        assert {choice[axis] for choice in some} == set(values), axis
+    assert len(some) <= 11
+    exact = [choice for choice in CHOICES if choice["precision"] == "fp32"]
+    some = spread(exact)
+    for axis, values in AXES.items():
+        assert {choice[axis] for choice in some} == set(values if axis != "precision" else ["fp32"])
+    assert len(some) <= 7
+    assert len(spread(CHOICES, ["mask", "kind"])) == len(AXES["mask"])
 
 
 def test_nothing_else_is_left_out():
@@ -56,7 +70,9 @@ def test_a_choice_makes_a_model_and_a_batch_that_fit_together(choice):
         assert array.shape == (3, lengths_of(spec)[stack]) and array.dtype == np.int32, name
     for loss in micro.losses:
         assert loss.targets.shape == loss.weights.shape and loss.weights.sum() > 0
-    assert ("blocks" in micro.inputs) == (choice["mask"] in ("padding", "packed"))
+    mask = choice["mask"]
+    assert ("blocks" in micro.inputs) == (mask in ("padding", "packed", "packed-prefix"))
+    assert ("prefix" in micro.inputs) == (mask in ("prefix", "packed-prefix"))
 
 
 @pytest.mark.parametrize("choice", CHOICES[::4], ids=name_of)
