@@ -13,6 +13,8 @@ import sys
 import numpy as np
 import pytest
 
+from horovod_lm.config import load_config
+from horovod_lm.objectives.registry import factors
 from tests.parity.compare import within
 from tests.ranks.jobs import BACKENDS, needs_horovod, rows, run_job, run_plan
 
@@ -104,6 +106,8 @@ TRAININGS = {
         ),
     ],
 }  # fmt: skip
+# Before the weight of BERT's sentences is at its end.
+STOP = [{"kind": "terminate", "rank": 1, "steps": [9]}]
 
 
 @pytest.fixture(scope="module")
@@ -134,28 +138,34 @@ def done(config):
     def job(backend, ranks):
         if (backend, ranks) not in folders:
             folder = folders[backend, ranks] = config.parent / f"{backend}-{ranks}"
-            plan = [
-                {"name": name, "set": changes if _has_text(changes) else [*TEXT, *changes]}
-                for name, changes in TRAININGS.items()
-            ]
-            for answers in run_plan(folder, config, plan, backend, ranks, limit=400.0):
-                assert [answer["error"] for answer in answers] == [None] * ranks
+            plan = [{"name": name, "set": settings(name)} for name in TRAININGS]
+            if ranks == 2:
+                resumed = {"name": "resumed", "set": settings("bert")}
+                plan += [{**resumed, "faults": STOP}, {**resumed, "resume": True}]
+            given = run_plan(folder, config, plan, backend, ranks, limit=400.0)
+            for entry, answers in zip(plan, given, strict=True):
+                kinds = [answer["error"] and answer["kind"] for answer in answers]
+                assert kinds == ["Stopped" if "faults" in entry else None] * ranks, answers
         return folders[backend, ranks]
 
     return job
 
 
-def _has_text(changes):
-    return any(change.startswith(("data.text", "data.sources")) for change in changes)
+def settings(training):
+    """The overrides of a training, its text among them."""
+    changes = TRAININGS[training]
+    has_text = any(change.startswith(("data.text", "data.sources")) for change in changes)
+    return changes if has_text else [*TEXT, *changes]
 
 
 def curves(run):
-    """By name, the loss of each step; a NaN where no row had a target."""
+    """By name, the loss of each step, and their weighted sum; a NaN where no row had a target."""
     found = rows(run)
-    names = found[0]["losses"]
-    return {
-        name: np.array([row["losses"][name] for row in found], dtype=np.float64) for name in names
+    parts = {
+        name: np.array([row["losses"][name] for row in found], dtype=np.float64)
+        for name in found[0]["losses"]
     }
+    return {"the sum": np.array([row["loss"] for row in found], dtype=np.float64), **parts}
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -165,16 +175,18 @@ def test_frameworks_and_numbers_of_ranks_follow_the_same_curves(training, done):
         run = done(backend, ranks) / training
         found = curves(run)
         assert list(found) == list(expected)
+        limit = 1e-13 if training == "bert-fp64" else 2e-5
         for name, curve in found.items():
             assert len(curve) == STEPS
+            assert np.array_equal(np.isnan(curve), np.isnan(expected[name])), name
             apart = float(np.nanmax(np.abs(curve - expected[name])))
-            limit = 1e-13 if training == "bert-fp64" else 2e-5
             within(f"{training}, {name}, {backend} on {ranks} ranks to torch on 1", apart, limit)
         for key in ("tokens", "efficiency"):
             alone = [row[key] for row in rows(done("torch", 1) / training)]
             assert [row[key] for row in rows(run)] == alone, key
         ends = [rows(one, "evaluation")[-1] for one in (run, done("torch", 1) / training)]
         assert np.isfinite(ends[0]["loss"])
+        assert ends[0]["losses"] == pytest.approx(ends[1]["losses"], abs=limit)
         for name, hits in ends[0]["accuracies"].items():
             # One target may fall to the other side where two logits are next to equal.
             assert hits == pytest.approx(
@@ -186,8 +198,37 @@ def test_frameworks_and_numbers_of_ranks_follow_the_same_curves(training, done):
 def test_each_loss_over_tokens_falls(backend, done):
     for training in TRAININGS:
         for name, curve in curves(done(backend, 2) / training).items():
-            if name not in ("next_sentence", "sentence_order"):
+            if name not in ("the sum", "next_sentence", "sentence_order"):
                 assert np.nanmean(curve[-5:]) < np.nanmean(curve[:5]) - 0.3, (training, name)
+
+
+def test_the_loss_is_the_sum_of_the_losses_by_their_weights_at_each_step(config, done):
+    for training in ("bert", "mixture"):
+        made = load_config(config, settings(training))
+        for backend, ranks in (("torch", 1), ("torch", 2), ("tensorflow", 2)):
+            for row in rows(done(backend, ranks) / training):
+                weights = factors(made, row["step"] - 1)
+                parts = [weights[name] * loss for name, loss in row["losses"].items()]
+                assert row["loss"] == pytest.approx(sum(parts), abs=1e-6), (training, row["step"])
+    # By hand: the weight of BERT's sentences falls from 1 to 0.2 within 20 steps.
+    for row in rows(done("torch", 1) / "bert"):
+        weight = 1 - 0.04 * min(row["step"] - 1, 20)
+        assert row["loss"] == pytest.approx(
+            row["losses"]["masked_lm"] + weight * row["losses"]["next_sentence"], abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_resumed_run_goes_on_with_the_weights_of_its_step(backend, done):
+    """It stopped while the weight of a loss was falling."""
+    whole, resumed = (done(backend, 2) / name for name in ("bert", "resumed"))
+    steps = [row["step"] for row in rows(resumed)]
+    assert steps == list(range(1, STEPS + 1))
+    for key in ("loss", "losses", "norm", "tokens"):
+        assert [row[key] for row in rows(resumed)] == [row[key] for row in rows(whole)], key
+    ends = [rows(run, "evaluation")[-1] for run in (resumed, whole)]
+    assert ends[0]["losses"] == ends[1]["losses"]
+    assert "resuming from" in (done(backend, 2) / "job.log").read_text()
 
 
 def command(config, name, *arguments):

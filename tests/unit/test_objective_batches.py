@@ -15,7 +15,17 @@ from horovod_lm.objectives.registry import (
 )
 from tests.helpers import on_ranks
 from tests.numpy_backend import NumpyEngine
-from tests.unit.texts import BEGIN, END, VOCABULARY, Words, corpus
+from tests.unit.texts import (
+    BEGIN,
+    CLASSIFY,
+    END,
+    MASK,
+    SENTINELS,
+    SEPARATE,
+    VOCABULARY,
+    Words,
+    corpus,
+)
 
 CONTEXT = 64
 BATCH = 11
@@ -27,7 +37,11 @@ BERT = [{"name": "masked_lm", "on": "next_sentence"}, {"name": "next_sentence"}]
 OBJECTIVES = {
     "causal_lm": ({}, [{"name": "causal_lm"}]),
     "prefix_lm": ({}, [{"name": "prefix_lm"}]),
-    "both decoders'": ({}, [{"name": "causal_lm", "share": 3}, {"name": "prefix_lm"}]),
+    "both decoders'": (
+        {},
+        [{"name": "causal_lm", "share": 3, "schedule": [[5, 1.0], [12, 0.0]]},
+         {"name": "prefix_lm", "weight": 0.25}],
+    ),
     "masked_lm": (ENCODER, [{"name": "masked_lm"}]),
     "whole words": (ENCODER, [{"name": "masked_lm", "whole_words": True}]),
     "next_sentence": (ENCODER, BERT),
@@ -53,11 +67,13 @@ CASES = [
 CORPORA = [corpus(150), corpus(60, seed=5, name="other"), corpus(80, 9, "pairs", parallel=True)]
 
 
-def configured(kind="windows", model=None, objectives=(), *, batch=BATCH, seed=3, **batching):
+def configured(
+    kind="windows", model=None, objectives=(), *, batch=BATCH, seed=3, data=None, **batching
+):
     return make_config(
         {
             "model": {"width": 8, "heads": 1, "context": CONTEXT, **(model or {})},
-            "data": {"vocabulary": VOCABULARY},
+            "data": {"vocabulary": VOCABULARY, **(data or {})},
             "batching": {"kind": kind, **batching},
             "objective": [dict(table) for table in objectives],
             "train": {"global_batch_size": batch, "seed": seed},
@@ -390,6 +406,115 @@ def test_smoothing_and_z_loss_reach_the_loss():
     (one,) = batches(case("windows", "span_corruption"))
     (loss,) = one[0].micros[0].losses
     assert (loss.smoothing, loss.z_loss) == (0.1, 1e-4)
+
+
+def first_objective(model, objectives, corpora=CORPORA, split="train", **options):
+    """What the config's first objective with rows of its own makes of the first corpus."""
+    feeds = make_feeds(configured("windows", model, objectives, **options), corpora, Words(), split)
+    return feeds[0].objectives[0]
+
+
+def examples(objective, epochs=1):
+    for epoch in range(epochs):
+        for number in range(len(objective.lengths)):
+            yield objective.example(number, epoch)
+
+
+@pytest.mark.parametrize("on", [None, "next_sentence"])
+def test_options_of_masks_reach_the_objective(on):
+    table = {"name": "masked_lm", "probability": 0.4, "masked": 0.1, "randomised": 0.7}
+    objectives = [{**table, "on": on}, {"name": on}] if on else [table]
+    kinds, candidates = np.zeros(3), 0
+    for example in examples(first_objective(ENCODER, objectives), 5):
+        tokens, targets = example.inputs["tokens"], example.targets["masked_lm"]
+        put = tokens[targets.places]
+        same = put == targets.values
+        kinds += [(put == MASK).sum(), (~same & (put != MASK)).sum(), same.sum()]
+        candidates += (~np.isin(tokens, [CLASSIFY, SEPARATE, END])).sum()
+    assert np.abs(kinds / kinds.sum() - [0.1, 0.7, 0.2]).max() < 2 / np.sqrt(kinds.sum())
+    assert kinds.sum() / candidates == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "lengths", "signs"),
+    [
+        # Of 63 tokens 32 are taken out, one by one where it goes: of 31 that stay T5 makes no more
+        # than 31 spans, and BART's have 32 gaps around these.
+        ("span_corruption", SENTINELS, [31 + 31 + 1, 32 + 31 + 1], 31),
+        ("denoising", MASK, [31 + 32 + 1, 63 + 1], 32),
+    ],
+)
+def test_options_of_spans_reach_the_objective(name, sign, lengths, signs):
+    objective = first_objective(BOTH, [{"name": name, "density": 0.5, "mean_span": 1.0}])
+    assert (objective.pieces.lengths == 63).all()
+    assert (objective.lengths == lengths).all()
+    for example in examples(objective):
+        source, targets = example.inputs["source"], example.targets[name].values
+        assert [len(source), len(targets)] == lengths
+        assert np.isin(source, sign).sum() == signs
+
+
+@pytest.mark.parametrize("permute", [False, True])
+def test_whether_sentences_are_permuted_reaches_the_objective(permute):
+    table = {"name": "denoising", "density": 1e-3, "permute": permute}
+    found = [
+        np.array_equal(example.inputs["source"], example.targets["denoising"].values)
+        for example in examples(first_objective(BOTH, [table]))
+    ]
+    assert np.mean(found) < 0.5 if permute else all(found)
+
+
+def test_sentence_order_has_the_text_of_one_document_and_next_sentence_that_of_others():
+    same = {}
+    for name in ("next_sentence", "sentence_order"):
+        objective = first_objective(ENCODER, [{"name": name}])
+        text = CORPORA[0].tokens
+        same[name] = {0: [], 1: []}
+        for number in range(len(objective.lengths)):
+            example = objective.example(number, 0)
+            tokens = example.inputs["tokens"]
+            tokens = tokens[~np.isin(tokens, [CLASSIFY, SEPARATE])]
+            start, length = objective.pieces.starts[number], objective.pieces.lengths[number]
+            whole = text.read(int(start), int(length))
+            same[name][int(example.targets[name].values[0])].append(
+                np.array_equal(np.sort(tokens), np.sort(whole))
+            )
+    assert all(same["next_sentence"][0]) and not any(same["next_sentence"][1])
+    assert all(same["sentence_order"][0]) and all(same["sentence_order"][1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["prefix_lm", "masked_lm", "next_sentence", "sentence_order", "span_corruption", "denoising"],
+)
+def test_what_is_drawn_depends_on_the_seed_the_split_and_the_corpus(name):
+    model, objectives = OBJECTIVES[name]
+
+    def drawn(**options):
+        found = [
+            b"".join(array.tobytes() for array in example.inputs.values())
+            for example in examples(first_objective(model, objectives, **options))
+        ]
+        return np.array(found, dtype=object)
+
+    one = drawn()
+    assert (drawn() == one).all()
+    for other in ({"seed": 4}, {"split": "validation"}, {"corpora": [corpus(150, name="b")]}):
+        # Two draws may be alike, as of a short prefix or of a document of one sentence.
+        assert np.mean(drawn(**other) == one) < 0.6, other
+
+
+def test_weights_and_temperature_make_the_shares_of_corpora():
+    sources = [
+        {"name": "corpus", "text": ["a.txt"], "weight": 4.0}, {"name": "other", "text": ["b.txt"]},
+    ]  # fmt: skip
+    one, two = (len(part.tokens) for part in CORPORA[:2])
+    for temperature in (1.0, 3.0):
+        config = configured(data={"sources": sources, "temperature": temperature})
+        (feed,) = make_feeds(config, CORPORA[:2], Words(), "train")
+        ratio = (4.0 * one / two) ** (1 / temperature)
+        shares = feed.mixer.counts / feed.mixer.counts.sum()
+        assert shares == pytest.approx([ratio / (1 + ratio), 1 / (1 + ratio)], abs=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

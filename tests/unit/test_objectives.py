@@ -1,5 +1,7 @@
 """What the examples of each objective are made of."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -237,6 +239,17 @@ def test_whole_words_are_masked_whole():
     assert 0.12 < np.mean(share) <= 0.16
 
 
+def test_words_anywhere_in_a_window_are_masked_as_often():
+    objective = masked(MaskingOptions(whole_words=True))
+    counts = np.zeros(ROOM)
+    for number in range(60):
+        for epoch in range(20):
+            counts[objective.example(number, epoch).targets["masked_lm"].places] += 1
+    inside = counts[1:-1] / counts[1:-1].mean()
+    assert counts[0] == counts[-1] == 0
+    assert inside.min() > 0.7 and inside.max() < 1.4
+
+
 def test_a_tokenizer_without_the_token_is_refused():
     words = Words(special={"classify": CLASSIFY})
     with pytest.raises(UserError, match="masked_lm needs a tokenizer with a mask token"):
@@ -386,6 +399,29 @@ def test_masks_in_pairs_spare_the_special_tokens():
         assert np.array_equal(ids[others], after.inputs["tokens"][others])
 
 
+def test_masks_in_pairs_are_80_10_10_and_drawn_anew_in_each_epoch():
+    plain, both = pairs(), pairs(masking=rider())
+    drawn = both._pair
+    both._pair = lambda number, epoch: drawn(number, 0)  # so that masks alone may differ
+    numbers = range(len(both.lengths))
+    kinds, random_ids, changed = np.zeros(3), [], 0
+    for number in numbers:
+        before, seen = plain.example(number, 0).inputs["tokens"], set()
+        for epoch in range(6):
+            example = both.example(number, epoch)
+            targets = example.targets["masked_lm"]
+            assert np.array_equal(before[targets.places], targets.values)
+            put = example.inputs["tokens"][targets.places]
+            other = (put != MASK) & (put != targets.values)
+            kinds += [(put == MASK).sum(), other.sum(), (put == targets.values).sum()]
+            random_ids += put[other].tolist()
+            seen.add(targets.places.tobytes())
+        changed += len(seen) > 1
+    assert np.abs(kinds / kinds.sum() - [0.8, 0.1, 0.1]).max() < 2 / np.sqrt(kinds.sum())
+    assert min(random_ids) >= FIRST and len(set(random_ids)) > len(random_ids) / 2
+    assert changed > 0.8 * len(numbers)
+
+
 def test_a_pair_needs_two_documents():
     with pytest.raises(UserError, match="needs two documents of at least two tokens"):
         pairs(text=Corpus("corpus", Stream([np.arange(FIRST, FIRST + 500)])))
@@ -491,6 +527,61 @@ def test_denoising_puts_sentences_in_another_order():
         assert all(part.tobytes() in source.tobytes() for part in np.split(target, ends))
         moved += not np.array_equal(source, target)
     assert moved > len(objective.lengths) / 2
+
+
+def test_sentences_come_in_every_order_as_often():
+    three = [[FIRST + i, FIRST + 9, FIRST + 9, STOP + i] for i in range(3)]
+    text = Corpus("corpus", Stream([np.concatenate(three)] * 30))
+    objective = noisy(documents=True, text=text, density=0.001)
+    orders = []
+    for number in range(30):
+        for epoch in range(10):
+            source = objective.example(number, epoch).inputs["source"]
+            orders.append(tuple(source[source >= STOP] - STOP))
+    counts = [orders.count(order) for order in itertools.permutations(range(3))]
+    assert sum(counts) == 300 and min(counts) > 25
+
+
+def spread(shares):
+    """How often the rarest fifth of the texts' lengths has one of the places `shares`, to the
+    mean."""
+    counts = np.histogram(shares, 5, (0, 1))[0]
+    return counts.min() / counts.mean()
+
+
+def test_spans_are_anywhere_in_the_text():
+    # One span alone: it begins at any of the places that it can have, both ends included.
+    objective = spans(mean_span=1000.0)
+    shares = []
+    for number in range(len(objective.lengths)):
+        for epoch in range(5):
+            source = objective.example(number, epoch).inputs["source"]
+            (place,) = np.flatnonzero(np.isin(source, SENTINELS))
+            shares.append(place / (len(source) - 2))
+    assert len(shares) > 400 and spread(shares) > 0.5
+    # Several: as often at the one end of the text as at the other. Of the places for a span that
+    # the kept tokens leave, one more than these, each is the last with the same probability.
+    objective = spans()
+    ends, expected, shares = np.zeros(2), [], []
+    for number in range(len(objective.lengths)):
+        for epoch in range(20):
+            source = objective.example(number, epoch).inputs["source"][:-1]
+            sentinels = np.isin(source, SENTINELS)
+            ends += sentinels[[0, -1]]
+            expected.append(sentinels.sum() / ((~sentinels).sum() + 1))
+            shares += (np.flatnonzero(sentinels) / len(source)).tolist()
+    assert spread(shares) > 0.5
+    assert np.abs(ends - np.sum(expected)).max() < 4 * np.sqrt(np.sum(expected))
+
+
+def test_infilled_spans_are_anywhere_in_the_text():
+    objective = noisy(permute=False)
+    shares = []
+    for number in range(len(objective.lengths)):
+        for epoch in range(5):
+            source = objective.example(number, epoch).inputs["source"][:-1]
+            shares += (np.flatnonzero(source == MASK) / len(source)).tolist()
+    assert len(shares) > 1000 and spread(shares) > 0.5
 
 
 def test_parallel_text_is_cut_to_the_room_and_keeps_its_end():

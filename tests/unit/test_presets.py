@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from horovod_lm.config import make_config
+from horovod_lm.convert import hf
+from horovod_lm.convert.family import Shapes
 from horovod_lm.errors import UserError
 from horovod_lm.presets import PRESETS, preset
 from horovod_lm.spec import ModelSpec
@@ -49,11 +53,11 @@ def hugging_face(transformers) -> dict:
              "intermediate_size": 4096}  # fmt: skip
     roberta = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
                "layer_norm_eps": 1e-5}  # fmt: skip
-    new = {"feed_forward_proj": "gated-gelu"}
+    new = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     llama = {
         "vocab_size": 49152, "max_position_embeddings": 2048, "hidden_size": 576,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "intermediate_size": 1536, "tie_word_embeddings": True,
+        "intermediate_size": 1536, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
     }  # fmt: skip
 
     def gpt2(width, layers, heads):
@@ -105,3 +109,53 @@ def test_the_usual_library_has_models_of_the_same_shapes():
         fused = name.startswith("gpt2")  # theirs: query, key and value in one
         extra = [[2, spec.width]] if more else []
         assert fused or sorted(mine + extra) == theirs, name
+
+
+def test_the_usual_library_has_models_of_the_same_function():
+    """Each config of the library, read as that of an imported model, is the preset."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    for name, (kind, config, _) in hugging_face(transformers).items():
+        with torch.device("meta"):
+            state = kind(config).state_dict()
+        shapes = Shapes({key: tuple(t.shape) for key, t in state.items()}, lambda *_: True)
+        values = config.to_dict()
+        spec, theirs = preset(name).spec, hf.spec_of(hf.family_of(values), values, shapes)
+        # Heads of tasks are beside the preset; what is tied in T5 v1.1, its files tell.
+        left = {"task_heads"} | ({"tied"} if name.startswith("t5-v1.1") else set())
+        read, mine = hf._identity(theirs), hf._identity(spec)
+        assert {k: v for k, v in read.items() if k not in left} == {
+            k: v for k, v in mine.items() if k not in left
+        }, name
+        for key in ("dropout", "attention_dropout", "initial_std", "has_key_bias"):
+            assert getattr(theirs, key) == getattr(spec, key), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "heads", "inner", "dropout"),
+    [("transformer-base", 512, 8, 2048, 0.1), ("transformer-big", 1024, 16, 4096, 0.3)],
+)
+def test_the_transformer_is_that_of_its_paper(name, width, heads, inner, dropout):
+    """Vaswani et al. (2017), sections 3 and 5.4 and table 3."""
+    spec = preset(name).spec
+    assert (spec.kind, spec.stacks) == ("encoder-decoder", {"encoder": 6, "decoder": 6})
+    assert (spec.width, spec.heads, spec.head_width) == (width, heads, 64)
+    assert (spec.inner_width, spec.gated, spec.activation) == (inner, False, "relu")
+    assert (spec.norm, spec.norm_placement, spec.has_embedding_norm) == (
+        "layer_norm",
+        "post",
+        False,
+    )
+    assert (spec.positions, spec.tied, spec.scale_output) == ("sinusoidal", True, False)
+    assert spec.embedding_scale == pytest.approx(math.sqrt(width))
+    assert spec.attention_scale == pytest.approx(1 / 8)
+    assert spec.dropout == dropout
+    # Four projections of attention, without the bias of keys, which softmax cancels; two layers;
+    # a norm for each sublayer; one matrix for both embeddings and the output.
+    attention = 4 * width**2 + 3 * width
+    feed_forward = width * inner + inner + inner * width + width
+    norm = 2 * width
+    encoder = attention + feed_forward + 2 * norm
+    decoder = 2 * attention + feed_forward + 3 * norm
+    exact = 37000 * width + 6 * encoder + 6 * decoder
+    assert spec.size == exact == {512: 63_073_280, 1024: 214_226_944}[width]
