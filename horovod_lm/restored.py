@@ -62,7 +62,7 @@ class Restored:
     @property
     def sees_all_of_a_prompt(self) -> bool:
         """Whether the tokens of a prompt all see each other."""
-        return self.config.model.kind == "decoder" and prompt_is_prefix(self.config)
+        return prompt_is_prefix(self.config)
 
     @property
     def ends(self) -> tuple[int, ...]:

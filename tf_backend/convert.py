@@ -24,14 +24,17 @@ class ConvertTools:
             "backend, or convert the file to safetensors first"
         )
 
-    def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
+    def saved_model(
+        self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path, prefix: bool = False
+    ) -> None:
         """Write the model as a SavedModel in folder `target`: what it computes is in the graph, so
-        TensorFlow alone runs it. Takes the tensors out of `weights`."""
+        TensorFlow alone runs it. Takes the tensors out of `weights`. With `prefix` it takes one:
+        1 for tokens that all see."""
         model = Transformer(spec, "fp32")
         model.build()
         variables = Weights(model, spec, None, "/CPU:0")
         variables.write(variables.values, _Taken(weights))
-        names = _inputs(spec)
+        names = [*_inputs(spec), *(["prefix"] if prefix else [])]
         heads = ["lm", *(head.name for head in spec.task_heads)]
 
         @tf.function(
@@ -41,7 +44,7 @@ class ConvertTools:
             ],
         )
         def serve(inputs):
-            if _masks(spec) > _MOST_MASKS:
+            if "prefix" not in inputs and _masks(spec) > _MOST_MASKS:
                 # An empty prefix has each block take the mask of all, which is made once.
                 inputs = {**inputs, "prefix": tf.zeros_like(inputs["tokens"])}
             hidden = model(inputs)

@@ -57,7 +57,9 @@ class ConvertTools:
                 f"{(error.strerror or str(error)).lower()}; set TMPDIR to a folder with room"
             ) from error
 
-    def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
+    def saved_model(
+        self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path, prefix: bool = False
+    ) -> None:
         """Refuse: a SavedModel is TensorFlow's own."""
         raise UserError(
             "a SavedModel is a graph of TensorFlow, which PyTorch can't write; use --backend "

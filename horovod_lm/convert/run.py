@@ -26,6 +26,7 @@ from horovod_lm.convert.tensors import Tensor
 from horovod_lm.convert.tokenizer import GENERATION, export_tokenizer, nothing
 from horovod_lm.convert.tools import ConvertTools
 from horovod_lm.errors import RunFailed, UserError
+from horovod_lm.objectives.registry import prompt_is_prefix
 from horovod_lm.run_folder import IMPORTED, STATE, RunRecord, tokenizer_file
 from horovod_lm.spec import ModelSpec
 
@@ -56,20 +57,23 @@ class Imported:
     @property
     def decoder_start(self) -> int | None:
         """The token with which a decoder begins, where the config names one."""
-        config = files.parse_json(self.companions[files.CONFIG], Path(IMPORTED, files.CONFIG))
-        start = config.get("decoder_start_token_id", config.get("pad_token_id"))
-        return start if type(start) is int else None
+        own = self._values(GENERATION).get("decoder_start_token_id")
+        config = self._values(files.CONFIG)
+        named = (own, config.get("decoder_start_token_id"), config.get("pad_token_id"))
+        return next((start for start in named if type(start) is int), None)
 
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer, where a config names some."""
         for name in (GENERATION, files.CONFIG):
-            values = files.parse_json(self.companions.get(name, b"{}"), Path(IMPORTED, name))
-            ids = values.get("eos_token_id")
+            ids = self._values(name).get("eos_token_id")
             found = [n for n in (ids if isinstance(ids, list) else [ids]) if type(n) is int]
             if found:
                 return tuple(found)
         return ()
+
+    def _values(self, name: str) -> dict[str, Any]:
+        return files.parse_json(self.companions.get(name, b"{}"), Path(IMPORTED, name))
 
 
 def tools(backend: str) -> ConvertTools:
@@ -203,10 +207,15 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
         if change is not None:
             log(f"the {change} is not the imported one any more: it is written anew")
             imported = None
+    if prompt_is_prefix(config):
+        log(
+            "prompts were seen from both sides in training (prefix_lm), and are not there: "
+            "transformers reads them from left to right"
+        )
     if imported is None:
         extra: dict[str, Tensor] = {}
         text = own_tokenizer(run, config, log)
-        exported = nothing(spec) if text is None else export_tokenizer(text, spec)
+        exported = nothing(spec) if text is None else export_tokenizer(text, config)
         plan = hf.plan(spec, exported.ids)
         family, headers, companions = plan.family, plan.headers, exported.companions
         companions[files.CONFIG] = plan.config

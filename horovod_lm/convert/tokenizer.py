@@ -10,9 +10,11 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from horovod_lm.config import Config
 from horovod_lm.convert import folder as files
 from horovod_lm.data.tokenizer import Tokenizer
 from horovod_lm.errors import UserError
+from horovod_lm.objectives.registry import prompt_begin
 from horovod_lm.objectives.words import decoder_start
 from horovod_lm.spec import ModelSpec
 
@@ -39,9 +41,10 @@ def nothing(spec: ModelSpec) -> Exported:
     return Exported({}, ids)
 
 
-def export_tokenizer(text: bytes, spec: ModelSpec) -> Exported:
-    """The tokenizer in `text`, a tokenizer.json, for a model of `spec`. Raises `UserError` if
-    transformers would count positions otherwise."""
+def export_tokenizer(text: bytes, config: Config) -> Exported:
+    """The tokenizer in `text`, a tokenizer.json, for the model of a run with `config`. Raises
+    `UserError` if transformers would count positions otherwise."""
+    spec = config.model
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text.decode("utf-8")))
     special = tokenizer.special
     _check_positions(tokenizer, spec)
@@ -60,7 +63,8 @@ def export_tokenizer(text: bytes, spec: ModelSpec) -> Exported:
     if tokenizer.sentinels:
         sentinels = [tokenizer.token(number) for number in tokenizer.sentinels]
         settings["additional_special_tokens"] = sentinels
-    companions = {files.TOKENIZER: _with_template(text, tokenizer, spec), SETTINGS: _json(settings)}
+    text = _with_template(text, tokenizer, config)
+    companions = {files.TOKENIZER: text, SETTINGS: _json(settings)}
     if spec.kind == "encoder":
         first, last = (special.get(use, tokenizer.end) for use in ("classify", "separate"))
         ids: dict[str, Any] = {"bos_token_id": first, "eos_token_id": last}
@@ -95,28 +99,47 @@ def _check_positions(tokenizer: Tokenizer, spec: ModelSpec) -> None:
         )
 
 
-def _with_template(text: bytes, tokenizer: Tokenizer, spec: ModelSpec) -> bytes:
-    """The tokenizer with the special tokens around a text that the objectives put there, unless it
-    has a way of its own: encoders see a classify and a separate token, and the source of an
-    encoder-decoder ends with the end-of-text token."""
-    values = json.loads(text)
-    if values.get("post_processor") is not None:
-        return text
+def _with_template(text: bytes, tokenizer: Tokenizer, config: Config) -> bytes:
+    """The tokenizer with the special tokens around a text that the objectives put there, in place
+    of its own, which no objective puts: encoders see a classify and a separate token, the source of
+    an encoder-decoder ends with the end-of-text token, and a decoder that was trained on whole
+    documents begins with what stood before them."""
+    values, spec = json.loads(text), config.model
     first, last = (tokenizer.special.get(name) for name in ("classify", "separate"))
+    start = prompt_begin(config, tokenizer) if spec.kind == "decoder" else None
+    template = None
     if spec.kind == "encoder" and first is not None and last is not None:
         begin, end, second = tokenizer.token(first), tokenizer.token(last), int(spec.segments > 1)
         single, pair = [begin, "$A", end], [begin, "$A", end, f"$B:{second}", f"{end}:{second}"]
-        used = {begin: first, end: last}
+        template = TemplateProcessing(single, pair, [(begin, first), (end, last)])
     elif spec.kind == "encoder-decoder":
         end = tokenizer.token(tokenizer.end)
-        single, pair, used = ["$A", end], ["$A", end, "$B", end], {end: tokenizer.end}
-    else:
+        template = TemplateProcessing(["$A", end], ["$A", end, "$B", end], [(end, tokenizer.end)])
+    elif start is not None:
+        begin = tokenizer.token(start)
+        template = TemplateProcessing([begin, "$A"], [begin, "$A", "$B"], [(begin, start)])
+    own = values.get("post_processor")
+    if template is None and own is None:
         return text
-    if (values.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+    if template is not None and (values.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
         # A blank belongs to the word behind it, and so to the mask in its place.
         for token in values["added_tokens"]:
             token["lstrip"] |= token["id"] == tokenizer.special.get("mask")
-    own = tokenizers.Tokenizer.from_str(text.decode("utf-8"))
-    own.post_processor = TemplateProcessing(single, pair, list(used.items()))
-    values["post_processor"] = json.loads(own.to_str())["post_processor"]
+    # What trims the places of tokens, and puts none, remains.
+    parts = [part for part in _parts(own) if part["type"] == "ByteLevel"]
+    if template is not None:
+        made = tokenizers.Tokenizer.from_str(text.decode("utf-8"))
+        made.post_processor = template
+        parts.append(json.loads(made.to_str())["post_processor"])
+    several = {"type": "Sequence", "processors": parts}
+    values["post_processor"] = parts[0] if len(parts) == 1 else several if parts else None
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _parts(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A post-processor's own ones."""
+    if processor is None:
+        return []
+    if processor["type"] == "Sequence":
+        return [part for inner in processor["processors"] for part in _parts(inner)]
+    return [processor]

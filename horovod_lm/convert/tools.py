@@ -17,7 +17,10 @@ class ConvertTools(Protocol):
         """Write the tensors of a `pytorch_model.bin` as a safetensors file, without running code
         that it may hold. Raises `UserError` where that can't be, or the file is something else."""
 
-    def saved_model(self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path) -> None:
+    def saved_model(
+        self, spec: ModelSpec, weights: dict[str, np.ndarray], target: Path, prefix: bool = False
+    ) -> None:
         """Write the model with these canonical weights as a TensorFlow SavedModel in folder
-        `target`, which runs without this package. Takes the tensors out of `weights`, to make room.
-        Raises `UserError` where the framework can't."""
+        `target`, which runs without this package; with `prefix` it takes one, 1 for tokens that all
+        see. Takes the tensors out of `weights`, to make room. Raises `UserError` where the
+        framework can't."""

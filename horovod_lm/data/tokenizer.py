@@ -149,9 +149,15 @@ class Tokenizer:
     @property
     def opening(self) -> list[int]:
         """The special tokens that a loaded file says to put before a text; no objective does."""
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        marks = [*encoding.special_tokens_mask, 0]
-        return encoding.ids[: marks.index(0)]
+        for number in range(self.vocabulary):
+            text = self._tokenizer.decode([number])  # nothing, for special tokens
+            try:
+                encoding = self._tokenizer.encode(text, add_special_tokens=True)
+            except Exception:  # the library's own: without an unknown token some text has no ids
+                continue
+            if 0 in encoding.special_tokens_mask:
+                return encoding.ids[: encoding.special_tokens_mask.index(0)]
+        return []
 
     def token(self, number: int) -> str:
         """The token with an id that there is, as the vocabulary has it."""

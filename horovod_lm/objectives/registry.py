@@ -87,7 +87,8 @@ def prompt_begin(config: Config, tokenizer: Tokenizer) -> int | None:
 
 def prompt_is_prefix(config: Config) -> bool:
     """Whether such a text is one of which all tokens see each other."""
-    return all(table.name == "prefix_lm" for table in tables(config))
+    prefix = all(table.name == "prefix_lm" for table in tables(config))
+    return prefix and config.model.kind == "decoder"
 
 
 def check_kind(config: Config) -> None:

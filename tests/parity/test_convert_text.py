@@ -67,11 +67,11 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(environment, "apply", lambda config: 1)
 
 
-def trained(tokenizer: Tokenizer, fields, run, weights=None, changes=()):
+def trained(tokenizer: Tokenizer, fields, run, weights=None, **sections):
     """The folder of a run with weights that all count; returns its weights."""
     model = {"width": 16, "layers": 2, "heads": 2, "context": CONTEXT, "dropout": 0.0, **fields}
     size = max(257, tokenizer.vocabulary + 3)  # some ids idle
-    config = make_config({"model": model, "data": {"vocabulary": size}}, "test")
+    config = make_config({"model": model, "data": {"vocabulary": size}, **sections}, "test")
     weights = starting_weights(config.model) if weights is None else weights
     run.mkdir()
     (run / "config.toml").write_text(to_toml(config))
@@ -140,14 +140,17 @@ def answers_that_end(run, weights, text):
     return {**weights, **drawn}
 
 
+@pytest.mark.parametrize("batching", ["windows", "packed"])
 @pytest.mark.parametrize("name", [name for name in CASES if "bert" not in name])
-def test_it_answers_and_ends_there_as_here(name, tmp_path):
+def test_it_answers_and_ends_there_as_here(name, batching, tmp_path):
+    """Packed: a decoder has seen texts from their beginning, and a token before it."""
+    more = {"batching": {"kind": batching}}
     fields, kind, special, sentinels = CASES[name]
     ours = Tokenizer.train(TEXTS, 330, kind, special=special, sentinels=sentinels)
     text, fields = "The mill", {**fields, "tied": False, "scale_output": False}
-    weights = trained(ours, fields, tmp_path / "first")
+    weights = trained(ours, fields, tmp_path / "first", **more)
     weights = answers_that_end(tmp_path / "first", weights, text)
-    trained(ours, fields, tmp_path / "run", weights)
+    trained(ours, fields, tmp_path / "run", weights, **more)
     export_run(tmp_path / "run", tmp_path / "hf")
     decoder = "t5" not in name
     auto = "AutoModelForCausalLM" if decoder else "AutoModelForSeq2SeqLM"
@@ -163,6 +166,11 @@ def test_it_answers_and_ends_there_as_here(name, tmp_path):
         )[0]
         assert 3 < len(out) < CONTEXT - begun.shape[1] and out[-1] == ours.end
         assert np.array_equal(found, [*begun[0], *out]), backend
+        first = [ours.special.get("begin", ours.end)] if batching == "packed" else []
+        assert not decoder or begun[0].tolist() == [*first, *ours.encode(text)], backend
+    import_run(tmp_path / "hf", tmp_path / "again")
+    again = restore(tmp_path / "again", "torch", data=False)
+    assert np.array_equal(again.prompt(text)[0], begun), "as before the way there and back"
     if decoder:
         pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "hf"))
         said = pipeline(text)[0]["generated_text"]
@@ -170,6 +178,56 @@ def test_it_answers_and_ends_there_as_here(name, tmp_path):
         assert said == text + ours.decode(np.array(kept)), "as the command prints it"
         begin = model.generate(max_new_tokens=1)[0, 0]
         assert begin == ours.special.get("begin", ours.end), "what a text begins with"
+
+
+def test_a_loaded_tokenizer_puts_what_training_did(tmp_path):
+    """Not what its own post-processor says, which training does not ask."""
+    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
+    trained_here = Tokenizer.train(TEXTS, 330, special=["begin"])
+    trained_here.save(tmp_path / "plain.json")
+    begin = trained_here.special["begin"]
+    own = TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", begin)])
+    trims = ByteLevel(trim_offsets=True)
+    for number, (fields, processor) in enumerate(
+        [(T5, trims), (T5, own), (T5, Sequence([trims, own])), ({}, trims), ({}, own)]
+    ):
+        loaded = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
+        loaded.post_processor = processor
+        loaded.save(str(tmp_path / "given.json"))
+        ours = Tokenizer.load(tmp_path / "given.json", "")
+        run, there = tmp_path / f"run{number}", tmp_path / f"hf{number}"
+        trained(ours, fields, run)
+        export_run(run, there)
+        theirs = transformers.AutoTokenizer.from_pretrained(there)
+        last = [ours.end] if fields else []
+        for text in TRICKY:
+            assert theirs(text)["input_ids"] == [*ours.encode(text).tolist(), *last], number
+        kept = json.loads((there / "tokenizer.json").read_text())["post_processor"]
+        assert ("ByteLevel" in json.dumps(kept)) == (processor is not own), number
+
+
+def test_an_export_says_that_prompts_are_not_seen_whole_there(tmp_path):
+    ours, said = Tokenizer.train(TEXTS, 330), []
+    trained(ours, {}, tmp_path / "run", objective=[{"name": "prefix_lm"}])
+    export_run(tmp_path / "run", tmp_path / "hf", said.append)
+    assert any(line.startswith("prompts were seen from both sides") for line in said)
+    export_saved_model(tmp_path / "run", tmp_path / "saved")
+    import tensorflow as tf
+
+    restored = restore(tmp_path / "run", "tensorflow", data=False)
+    tokens = np.zeros((1, CONTEXT), np.int32)
+    prompt = restored.prompt("The mill")[0]
+    tokens[:, : prompt.shape[1]] = prompt
+    inputs = {"tokens": tokens, "prefix": (tokens > 0).astype(np.int32)}
+    inputs["blocks"] = inputs["prefix"]
+    serve = tf.saved_model.load(str(tmp_path / "saved")).signatures["serving_default"]
+    found = serve(**{name: tf.constant(array) for name, array in inputs.items()})["logits"]
+    expected = restored.engine.logits(inputs)
+    count = prompt.shape[1]
+    assert np.abs(found[0, :count] - expected[0, :count]).max() < 1e-5
+    causal = restored.engine.logits({"tokens": prompt})
+    assert np.abs(causal[0, 0] - expected[0, 0]).max() > 1e-3
 
 
 def test_an_imported_model_begins_and_ends_a_text_as_there(tmp_path):

@@ -459,6 +459,28 @@ def test_an_imported_model_is_not_trained_in_its_place(resume, bert, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "generation", "start"),
+    [
+        ({"pad_token_id": 0}, None, 0),
+        ({"pad_token_id": 0, "decoder_start_token_id": 3}, {"max_length": 9}, 3),
+        (
+            {"pad_token_id": 0, "decoder_start_token_id": 3},
+            {"decoder_start_token_id": 250},
+            250,
+        ),
+        ({"pad_token_id": None, "decoder_start_token_id": None}, None, None),
+    ],
+)
+def test_an_imported_decoder_begins_as_transformers_begins_it(config, generation, start, tmp_path):
+    write(tmp_path / "hf", ModelSpec(**SPECS["t5"]))
+    set_config(**config)(tmp_path / "hf")
+    if generation is not None:
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+    import_run(tmp_path / "hf", tmp_path / "run")
+    assert read_imported(tmp_path / "run").decoder_start == start
+
+
+@pytest.mark.parametrize(
     ("config", "generation", "ends"),
     [
         ({"eos_token_id": 7}, None, (7,)),

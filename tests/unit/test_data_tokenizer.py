@@ -309,3 +309,16 @@ def test_counted_words_keep_to_a_size(monkeypatch):
     words = Counter({"a": 5, "b": 4, "c": 3, "d": 2, "e": 1})
     unigram.keep_to_size(words)
     assert words == {"a": 5, "b": 4}
+
+
+def test_what_a_file_puts_before_a_text_does_not_depend_on_the_text():
+    """Not every alphabet has an a."""
+    words = {"<s>": 0, "</s>": 1, "A": 2, "C": 3}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "none"))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", None, [("<s>", 0), ("</s>", 1)]
+    )
+    assert Tokenizer(made).opening == [0]
+    made.post_processor = None
+    assert Tokenizer(made).opening == []
