@@ -20,11 +20,12 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY = "pytorch_model.bin"
 # What is carried along beside weights and config, as it is.
-COMPANIONS = (
+OF_TEXT = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "generation_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
-    "tokenizer.model", "sentence_bert_config.json", "modules.json", "README.md", "LICENSE",
+    "tokenizer.model",
 )  # fmt: skip
+COMPANIONS = (*OF_TEXT, "sentence_bert_config.json", "modules.json", "README.md", "LICENSE")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _LARGEST = {CONFIG: 2**20, INDEX: 2**27, TOKENIZER: 2**28}  # bytes
 _COMPANION = 2**28

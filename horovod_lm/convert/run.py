@@ -23,7 +23,7 @@ from horovod_lm.convert import hf, tensors
 from horovod_lm.convert.family import Family
 from horovod_lm.convert.target import claim_new, new_folder
 from horovod_lm.convert.tensors import Tensor
-from horovod_lm.convert.tokenizer import GENERATION, export_tokenizer, nothing
+from horovod_lm.convert.tokenizer import GENERATION, IDS, Exported, export_tokenizer, nothing
 from horovod_lm.convert.tools import ConvertTools
 from horovod_lm.errors import RunFailed, UserError
 from horovod_lm.objectives.registry import prompt_is_prefix
@@ -71,6 +71,14 @@ class Imported:
             if found:
                 return tuple(found)
         return ()
+
+    @property
+    def text(self) -> Exported:
+        """Its tokenizer, and what its configs say of tokens."""
+        config = self._values(files.CONFIG)
+        ids = {key: config[key] for key in IDS if key in config}
+        kept = {name: self.companions[name] for name in files.OF_TEXT if name in self.companions}
+        return Exported(kept, ids)
 
     def _values(self, name: str) -> dict[str, Any]:
         return files.parse_json(self.companions.get(name, b"{}"), Path(IMPORTED, name))
@@ -201,11 +209,13 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
     claim_new(target)
     config, weights = read_run(run)
     spec = config.model
-    imported = read_imported(run)
+    imported, exported = read_imported(run), None
     if imported is not None:
         change = _change(run, imported, config)
         if change is not None:
             log(f"the {change} is not the imported one any more: it is written anew")
+            if files.TOKENIZER in imported.companions and change != "tokenizer":
+                exported = imported.text
             imported = None
     if prompt_is_prefix(config):
         log(
@@ -214,8 +224,7 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
         )
     if imported is None:
         extra: dict[str, Tensor] = {}
-        text = own_tokenizer(run, config, log)
-        exported = nothing(spec) if text is None else export_tokenizer(text, config)
+        exported = exported or _own_text(run, config, log)
         plan = hf.plan(spec, exported.ids)
         family, headers, companions = plan.family, plan.headers, exported.companions
         companions[files.CONFIG] = plan.config
@@ -234,12 +243,18 @@ def export_run(run: Path, target: Path, log: Log = print) -> str:
     return family.name
 
 
+def _own_text(run: Path, config: Config, log: Log) -> Exported:
+    text = own_tokenizer(run, config, log)
+    return nothing(config.model) if text is None else export_tokenizer(text, config)
+
+
 def _change(run: Path, imported: Imported, config: Config) -> str | None:
     """What of a run is not that of the model which it was imported from, if anything is."""
+    if not has_imported_tokenizer(run, imported, config):
+        return "tokenizer"
     text = imported.companions[files.CONFIG]
-    if not hf.fits(imported.family, config.model, text, imported.headers):
-        return "model"
-    return None if has_imported_tokenizer(run, imported, config) else "tokenizer"
+    fits = hf.fits(imported.family, config.model, text, imported.headers)
+    return None if fits else "model"
 
 
 def has_imported_tokenizer(run: Path, imported: Imported, config: Config) -> bool:

@@ -25,6 +25,9 @@ _KEYS = {
 }  # fmt: skip
 
 
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
 @dataclass(frozen=True)
 class Exported:
     """`companions` are the files beside the weights, `ids` what config.json says of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -263,6 +264,38 @@ def test_an_imported_model_begins_and_ends_a_text_as_there(tmp_path):
         out = generate(restored.engine, prompt, 12, context=CONTEXT, end=restored.ends)[0]
         assert len(out) <= 5 and out[-1] == said[4]
         assert [*prompt[0], *out] == found.tolist(), backend
+
+
+def test_another_model_with_the_imported_tokenizer_begins_and_ends_as_that_did(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    ours = Tokenizer.train(TEXTS, 330, special=["begin"])
+    text, fields = "The mill", {**LLAMA, "scale_output": False}
+    weights = trained(ours, fields, tmp_path / "first")
+    weights = answers_that_end(tmp_path / "first", weights, text)
+    trained(ours, fields, tmp_path / "trained", weights)
+    export_run(tmp_path / "trained", tmp_path / "hf")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    inner.post_processor = TemplateProcessing("<s> $A", None, [("<s>", ours.special["begin"])])
+    inner.save(str(tmp_path / "hf" / "tokenizer.json"))
+    ends = [ours.end, *ours.encode(" runs").tolist()]
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "hf" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
+    import_run(tmp_path / "hf", tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(re.sub(r"norm_epsilon = .*", "norm_epsilon = 1e-4", path.read_text()))
+    said = []
+    export_run(tmp_path / "run", tmp_path / "again", said.append)
+    assert any("the model is not the imported one" in line for line in said)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    found = model.generate(**tokenizer(text, return_tensors="pt"))[0].tolist()
+    restored = restore(tmp_path / "run", "torch", data=False)
+    begun, _ = restored.prompt(text)
+    out = generate(restored.engine, begun, CONTEXT, context=CONTEXT, end=restored.ends)[0]
+    assert begun[0, 0] == ours.special["begin"] and restored.ends == tuple(ends)
+    assert [*begun[0], *out] == found
 
 
 def test_a_text_that_does_not_end_fills_the_context_there_too(tmp_path):
