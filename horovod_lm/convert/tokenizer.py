@@ -23,8 +23,7 @@ _KEYS = {
     "eos_token": "end", "bos_token": "begin", "pad_token": "padding", "mask_token": "mask",
     "cls_token": "classify", "sep_token": "separate", "unk_token": "unknown",
 }  # fmt: skip
-
-
+# What a config.json says of tokens.
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import struct
 import subprocess
 import sys
 from functools import partial
@@ -30,84 +27,17 @@ from horovod_lm.randomness import initial_weights
 from horovod_lm.run_folder import carry_over, claim, tokenizer_file
 from horovod_lm.spec import ModelSpec
 from tests.helpers import full_disk
-
-SMALL = {"vocabulary": 300, "context": 12, "width": 8, "layers": 2, "heads": 2}
-ENCODER = {
-    **SMALL, "kind": "encoder", "norm_placement": "post", "norm_epsilon": 1e-12, "key_bias": True,
-    "head_transform": True, "head_bias": True,
-}  # fmt: skip
-T5 = {
-    **SMALL, "kind": "encoder-decoder", "encoder_layers": 3, "head_size": 6, "feed_forward": 20,
-    "norm": "rms_norm", "bias": False, "activation": "relu", "positions": "relative",
-    "scale_attention": False, "scale_output": True,
-}  # fmt: skip
-NEXT = {"name": "next_sentence", "outputs": 2}
-SPECS = {
-    "bert": {**ENCODER, "segments": 2, "pooler": True, "task_heads": [NEXT]},
-    "bert untied": {**ENCODER, "segments": 2, "tied": False},
-    "bert bare": {
-        **ENCODER, "segments": 2, "pooler": True, "head_transform": False, "head_bias": False,
-    },
-    "bert tokens": {
-        **ENCODER, "segments": 2,
-        "task_heads": [{"name": "classifier", "outputs": 5, "over": "token"}],
-    },
-    "roberta": {**ENCODER, "segments": 1, "position_offset": 2, "norm_epsilon": 1e-5},
-    "roberta classifier": {
-        **ENCODER, "segments": 1, "position_offset": 2, "norm_epsilon": 1e-5, "pooler": True,
-        "head_transform": False, "head_bias": False,
-        "task_heads": [{"name": "classifier", "outputs": 3}],
-    },
-    "distilbert": ENCODER,
-    "gpt2": {**SMALL, "activation": "gelu_tanh", "key_bias": True},
-    "gpt2 without key bias": SMALL,
-    "t5": T5,
-    "t5 v1.1": {
-        **T5, "gated": True, "activation": "gelu_tanh", "tied": False, "scale_output": False,
-    },
-    "llama": {
-        **SMALL, "norm": "rms_norm", "bias": False, "activation": "silu", "gated": True,
-        "positions": "rotary", "key_value_heads": 1, "tied": False, "rotary_base": 5e5,
-    },
-    "llama biased": {
-        **SMALL, "norm": "rms_norm", "activation": "silu", "gated": True, "positions": "rotary",
-    },
-}  # fmt: skip
-
-
-def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(3)
-    return {p.name: generator.normal(size=p.shape).astype(np.float32) for p in spec.parameters}
-
-
-def write(folder, spec: ModelSpec, weights=None) -> hf.Plan:
-    """A folder as transformers would have it."""
-    plan = hf.plan(spec)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_bytes(plan.config)
-    hf.write_weights(folder, plan.family, spec, weights or weights_of(spec), plan.headers, {})
-    return plan
-
-
-def rewrite(folder, change):
-    """Change the table of tensors in model.safetensors: name -> (type, array of bytes, shape)."""
-    path = folder / "model.safetensors"
-    table = {
-        name: (t.dtype, np.array(t.data), t.shape) for name, t in tensors.read(path).tensors.items()
-    }
-    table = change(table) or table
-    header = tensors.header_of({n: (dtype, shape) for n, (dtype, _, shape) in table.items()})
-    tensors.write(path, header, lambda name, _: table[name][1])
-
-
-def content(folder) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-@pytest.fixture
-def bert(tmp_path):
-    write(tmp_path / "hf", ModelSpec(**SPECS["bert"]))
-    return tmp_path / "hf"
+from tests.unit.converting import (
+    NEXT,
+    SMALL,
+    SPECS,
+    content,
+    rewrite,
+    set_config,
+    shard,
+    weights_of,
+    write,
+)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -211,24 +141,6 @@ def test_rounding_to_bf16_is_to_the_nearest_even():
     assert abs(back[3] + 2.7) < 0.01 and back[4] == pytest.approx(3e38, rel=4e-3)
     assert np.isposinf(back[5]) and np.isneginf(back[6])
     assert np.isnan(Tensor("BF16", (1,), tensors.encode(np.array([np.nan]), "BF16")).fp32())
-
-
-def shard(folder, count=3):
-    """Cut model.safetensors into shards with an index."""
-    path = folder / "model.safetensors"
-    table = tensors.read(path).tensors
-    names, index = sorted(table), {}
-    for number in range(count):
-        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        own = names[number::count]
-        header = tensors.header_of({n: (table[n].dtype, table[n].shape) for n in own})
-        tensors.write(folder / file, header, lambda name, _: table[name].data)
-        index |= dict.fromkeys(own, file)
-    path.unlink()
-    total = sum(t.data.nbytes for t in table.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
-    return index
 
 
 def test_shards(bert, tmp_path):
@@ -577,10 +489,6 @@ def test_an_encoder_without_a_transform_says_that_it_goes_without_its_output(tmp
     )
 
 
-def without_its_pooler(folder):
-    rewrite(folder, lambda table: {n: v for n, v in table.items() if "pooler" not in n})
-
-
 def test_two_biases_of_an_output_layer_that_is_not_tied(tmp_path):
     """transformers reads the layer's own; the other one comes back as it was."""
     write(tmp_path / "hf", ModelSpec(**SPECS["bert untied"]))
@@ -596,267 +504,6 @@ def test_two_biases_of_an_output_layer_that_is_not_tied(tmp_path):
     import_run(tmp_path / "hf", tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "back")
     assert content(tmp_path / "back") == content(tmp_path / "hf")
-
-
-# Bad input: a change of a good folder, and the one message.
-def cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def cut_in_the_header(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def huge_header(folder):
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
-
-
-def overlapping(folder):
-    header = json.dumps(
-        {
-            "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
-            "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]},
-        }
-    ).encode()
-    data = struct.pack("<Q", len(header)) + header + bytes(6)
-    (folder / "model.safetensors").write_bytes(data)
-
-
-def missing(folder):
-    rewrite(folder, lambda table: table.pop("bert.encoder.layer.1.output.dense.bias") and None)
-
-
-def extra(folder):
-    def add(table):
-        table["bert.more.weight"] = ("F32", np.zeros(4, np.uint8), (1,))
-
-    rewrite(folder, add)
-
-
-def wrong_shape(folder):
-    def turn(table):
-        dtype, data, shape = table["bert.encoder.layer.0.intermediate.dense.weight"]
-        table["bert.encoder.layer.0.intermediate.dense.weight"] = (dtype, data, shape[::-1])
-
-    rewrite(folder, turn)
-
-
-def wrong_type(folder):
-    def widen(table):
-        _, data, shape = table["bert.pooler.dense.bias"]
-        table["bert.pooler.dense.bias"] = ("F64", data.view("<f4").astype("<f8").view("u1"), shape)
-
-    rewrite(folder, widen)
-
-
-def untied(folder):
-    def differ(table):
-        dtype, data, shape = table["bert.embeddings.word_embeddings.weight"]
-        table["cls.predictions.decoder.weight"] = (dtype, data[::-1].copy(), shape)
-
-    rewrite(folder, differ)
-
-
-def set_config(**values):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return change
-
-
-def lacks(key):
-    def change(folder):
-        path = folder / "config.json"
-        values = json.loads(path.read_text())
-        del values[key]
-        path.write_text(json.dumps(values))
-
-    return change
-
-
-def tokenizer_too_large(folder):
-    words = {f"w{i}": i for i in range(301)}
-    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-
-
-def tokenizer_damaged(folder):
-    (folder / "tokenizer.json").write_text("{")
-
-
-def shard_missing(folder):
-    shard(folder)
-    (folder / "model-00002-of-00003.safetensors").unlink()
-
-
-def shard_outside(folder):
-    index = shard(folder)
-    first = sorted(index)[0]
-    text = json.dumps({"weight_map": {**index, first: "../../model.safetensors"}})
-    (folder / "model.safetensors.index.json").write_text(text)
-
-
-def shard_elsewhere(folder):
-    index = shard(folder)
-    first = sorted(index)[0]
-    other = "model-00002-of-00003.safetensors"
-    text = json.dumps({"weight_map": {**index, first: other}})
-    (folder / "model.safetensors.index.json").write_text(text)
-
-
-def link_outside(folder):
-    (folder / "tokenizer.json").symlink_to(os.devnull)
-
-
-def legacy_alone(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def no_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def no_config(folder):
-    (folder / "config.json").unlink()
-
-
-def config_is_a_list(folder):
-    (folder / "config.json").write_text("[]")
-
-
-def config_is_deep(folder):
-    (folder / "config.json").write_text("[" * 200_000)
-
-
-BAD = [
-    (cut, r"model\.safetensors is not a valid safetensors file: it is cut off: [\d,]+ bytes inst"),
-    (cut_in_the_header, "it is cut off: 100 bytes, and its header alone takes"),
-    (huge_header, "its header would have 4,611,686,018,427,387,904 bytes"),
-    (overlapping, "b begins at byte 2 of the data instead of 4"),
-    (missing, r"the tensor bert\.encoder\.layer\.1\.output\.dense\.bias is missing"),
-    (extra, r"the tensor bert\.more\.weight has no place in a model of type bert; --keep-extra"),
-    (without_its_pooler, "are those of no bert that transformers has: pooler = False under a head"),
-    (wrong_shape, r"intermediate\.dense\.weight has shape \[8, 32\], and config\.json asks for"),
-    (wrong_type, r"bert\.pooler\.dense\.bias has type F64; allowed: F32, BF16, F16"),
-    (untied, r"differs from bert\.embeddings\.word_embeddings\.weight, and config\.json has them"),
-    (set_config(model_type="mamba"), 'model_type is "mamba", which is unknown; known: bert, rob'),
-    (set_config(model_type=None), "model_type is missing"),
-    (set_config(hidden_act="mish"), 'hidden_act = "mish" is not supported; allowed: "gelu" or'),
-    (set_config(hidden_act=["gelu"]), r'hidden_act = \["gelu"\] is not supported; allowed: "g'),
-    (set_config(hidden_act="a" * 10_000), r'hidden_act = "a{79}… is not supported'),
-    (set_config(hidden_act="a\n\ud800"), r'hidden_act = "a\\n\\ud800" is not supported'),
-    (set_config(layer_norm_eps=10**400), r"layer_norm_eps = 10{79}… must be a number"),
-    (set_config(layer_norm_eps=float("nan")), "norm_epsilon = NaN: Input should be a finite"),
-    (set_config(hidden_size=-8), "hidden_size = -8 must be a whole number above 0"),
-    (set_config(position_embedding_type="relative_key"), "position_embedding_type"),
-    (set_config(is_decoder=True), "is_decoder = true is not supported; allowed: false"),
-    (set_config(hidden_size="8"), 'hidden_size = "8" must be a whole number above 0'),
-    (set_config(layer_norm_eps="x"), 'layer_norm_eps = "x" must be a number'),
-    (set_config(tie_word_embeddings=3), "tie_word_embeddings = 3 must be true or false"),
-    (set_config(num_attention_heads=3), "heads = 3 does not divide width = 8"),
-    (lacks("vocab_size"), r"word_embeddings\.weight has shape \[300, 8\], .* \[30522, 8\]"),
-    (set_config(vocab_size=299), r"word_embeddings\.weight has shape \[300, 8\]"),
-    (tokenizer_too_large, "does not fit the model: its token 'w300' has id 300, and the vocabul"),
-    (tokenizer_damaged, "tokenizer.json can't be read"),
-    (shard_missing, "names the shard model-00002-of-00003.safetensors, which is missing"),
-    (shard_outside, r"names the shard '\.\./\.\./model\.safetensors'; allowed are names"),
-    (shard_elsewhere, "holds .*, which model.safetensors.index.json has in model-00002"),
-    (link_outside, "is a link that leads out of its folder"),
-    (legacy_alone, r"has pytorch_model\.bin alone, a pickle of torch; --legacy reads it"),
-    (no_weights, "has no weights: neither model.safetensors nor"),
-    (no_config, r"has no config\.json; give the folder of a model"),
-    (config_is_a_list, "must hold a JSON object, not list"),
-    (config_is_deep, "is not valid JSON"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD)
-def test_bad_input_has_one_message(spoil, message, bert, tmp_path):
-    spoil(bert)
-    with pytest.raises(UserError, match=message) as error:
-        import_run(bert, tmp_path / "run")
-    assert str(error.value).isprintable()
-    assert not (tmp_path / "run").exists()
-
-
-FULL = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
-HEADERS = [
-    ({"a": 1}, "a has the unknown type null"),
-    ({"a": {"dtype": ["F32"]}}, r'a has the unknown type \["F32"\]'),
-    ({"a": {"dtype": "U8"}}, "a has no plain shape and place"),
-    ({"a": {**FULL, "shape": [-4]}}, "a has no plain shape and place"),
-    ({"a": {**FULL, "shape": "4"}}, "a has no plain shape and place"),
-    ({"a": {**FULL, "data_offsets": [4]}}, "a has no plain shape and place"),
-    ({"a": {**FULL, "shape": [2**70, 2**70]}}, "a has 4 bytes, which is not"),
-    ({"a\n\ud800": FULL}, r"has the name 'a\\n\\ud800', which no tensor has"),
-    ({"a" * 2000: FULL}, "has the name 'a{80}', which no tensor has"),
-    ([], "its header is no table"),
-]
-
-
-@pytest.mark.parametrize(("header", "message"), HEADERS)
-def test_a_header_that_lies(header, message, tmp_path):
-    text = json.dumps(header).encode()
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-    with pytest.raises(UserError, match=f"not a valid safetensors file: .*{message}") as error:
-        tensors.read(path)
-    assert str(error.value).isprintable()
-
-
-def test_a_place_that_holds_something_else_says_where_to_go(bert, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    import_run(bert, tmp_path / "run")
-    (tmp_path / "cache" / "snapshots").mkdir(parents=True)
-    for source, message in (
-        ("bert-base-uncased", "is not a folder; a model is not fetched by its name on the hub: hf"),
-        (
-            "google/t5-small",
-            "hf download google/t5-small --local-dir t5-small, and give that folder",
-        ),
-        ("/nowhere/bert", "is not a folder; give the one that holds config.json"),
-        ("hf/config.json", "is not a folder; give the one that holds config.json"),
-        ("run", "run has no config.json; it is a run: --from run"),
-        ("cache", "give one of the folders in its snapshots"),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)):
-            import_run(Path(source), tmp_path / "new")
-    with pytest.raises(UserError, match="hf is a model of transformers: --from hf"):
-        export_run(bert, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
-UNSUPPORTED = [
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    ("gpt2", {"activation_function": "quick_gelu"}, "activation_function"),
-    ("t5", {"feed_forward_proj": "gated-mish"}, "feed_forward_proj"),
-    ("llama", {"rope_parameters": ROPE}, 'rope_type = "llama3" is not supported'),
-    ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-    ("llama", {"attention_bias": True}, "mlp_bias = false is not supported; allowed: true"),
-    ("roberta", {"hidden_act": "relu"}, "hidden_act"),
-    ("roberta", {"vocab_size": None}, "vocab_size = null must be a whole number above 0"),
-    ("roberta", {"pad_token_id": -5}, "pad_token_id = -5 must be a whole number, 0 or more"),
-    ("roberta", {"pad_token_id": 1.5}, "pad_token_id = 1.5 must be"),
-    ("roberta", {"pad_token_id": float("inf")}, "pad_token_id = Infinity must be"),
-]
-
-
-@pytest.mark.parametrize(("name", "values", "message"), UNSUPPORTED)
-def test_values_that_a_model_here_cannot_have(name, values, message, tmp_path):
-    write(tmp_path / "hf", ModelSpec(**SPECS[name]))
-    set_config(**values)(tmp_path / "hf")
-    with pytest.raises(UserError, match=message):
-        hf.read_model(tmp_path / "hf")
-
-
-def test_unknown_tensors_are_kept_when_asked(bert, tmp_path):
-    extra(bert)
-    import_run(bert, tmp_path / "run", keep_extra=True)
-    export_run(tmp_path / "run", tmp_path / "back")
-    assert content(tmp_path / "back") == content(bert)
 
 
 def test_a_damaged_layout_is_refused(bert, tmp_path):

@@ -1,0 +1,3 @@
+"""Fixtures of several files."""
+
+from tests.unit.converting import bert as bert
